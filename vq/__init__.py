@@ -1,0 +1,1 @@
+"""vq: write virtio device models in Python and run them."""

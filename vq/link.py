@@ -1,0 +1,122 @@
+"""What a net device is plugged into: the `Link` interface, and links inside one process.
+
+A link has one or more ports (`Port`), one per queue pair that it can serve: the data path. The link
+itself holds what its ports share: which offloads it takes and gives, its state, its limits.
+
+Frames cross the boundary in bursts. A frame towards the link is a list of buffers, the first of
+them its 12-byte `virtio_net_hdr` (a private copy, already checked), the rest the frame's bytes,
+usually views of guest memory that nobody has copied. A frame from the link is read straight into
+the views that a `Room` lends, usually guest memory again.
+
+Taps are links too; they live in modules of their own (`tap_linux`, `tap_bsd`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
+
+from vq.offload import Offload
+
+__all__ = ["Frame", "FrameBuffer", "Link", "Port", "Room"]
+
+FrameBuffer: TypeAlias = bytes | bytearray | memoryview
+Frame: TypeAlias = list[FrameBuffer]
+"""``[virtio_net_hdr (12 bytes), piece of the frame, ...]``"""
+
+MAX_FRAME = 65550
+"""65536 + 14 bytes: what a driver makes room for at most (virtio 1.3, 5.1.6.3.1)."""
+
+
+class Room(Protocol):
+    """Where frames that come from a link are put; lent by the device for one burst."""
+
+    def views(self) -> Sequence[memoryview]:
+        """Writable views with room for the largest frame that may come, first byte first.
+
+        Empty when there is no such room now: then the link keeps its frame.
+        """
+
+    def commit(self, header: bytes, length: int) -> None:
+        """A frame of `length` bytes now stands in the views; `header` is its 12-byte net header.
+
+        The views are not the link's any more: it asks for new ones for the next frame.
+        """
+
+
+class Port(ABC):
+    """One queue of a link."""
+
+    on_readable: Callable[[], None] | None = None
+    """Called by a port without a file descriptor when frames start to wait in it."""
+    on_writable: Callable[[], None] | None = None
+    """Likewise when it takes frames again after it refused some."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        """Frames given up by this port, by reason."""
+
+    def fileno(self) -> int | None:
+        """The descriptor to poll for reading and writing; None for a port inside this process."""
+        return None
+
+    @abstractmethod
+    def write_burst(self, frames: Sequence[Frame]) -> int:
+        """Takes frames, first to last; returns how many of them it has dealt with.
+
+        A frame that can never be sent (too short, too long, refused for good) is dropped, counted
+        in `dropped` and counts as dealt with. Fewer than given means that the port is full: the
+        caller keeps the rest and comes back when the port is writable.
+
+        Raises `OSError` when the link is gone or broken.
+        """
+
+    @abstractmethod
+    def read_burst(self, room: Room, limit: int) -> int:
+        """Moves up to `limit` waiting frames into `room`; returns how many it moved.
+
+        Stops early when no frame waits or `room` has no place for the largest frame.
+
+        Raises `OSError` when the link is gone or broken.
+        """
+
+
+class Link(ABC):
+    """What the ports of one link share."""
+
+    name: str
+    ports: Sequence[Port]
+    accepts: Offload
+    """Which offloads frames written to the link may leave to it; without CSUM none at all."""
+    delivers: Offload
+    """Which offloads frames read from the link may carry now."""
+    min_frame: int = 0
+    """Frames shorter than this cannot be written, in bytes, net header not counted."""
+    max_frame: int = MAX_FRAME
+    """The largest frame that a read may give, in bytes, net header not counted."""
+
+    def request_offloads(self, wanted: Offload) -> None:
+        """Asks the link to deliver frames with at most these offloads left undone.
+
+        The link may do so later, or only in part: `delivers` says what holds now, and the caller
+        finishes in software what comes all the same.
+        """
+
+    def activate_ports(self, count: int) -> None:
+        """Uses the first `count` ports only; the others neither take nor give frames."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the link has a carrier."""
+        return True
+
+    @property
+    def mtu(self) -> int | None:
+        """The largest IP packet in bytes that the link carries, None where it has no such limit."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back everything that the link holds. Closing twice is allowed."""
