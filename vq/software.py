@@ -1,0 +1,283 @@
+"""Doing in software what a link or a guest cannot, and judging what a guest asks for.
+
+Both work on frames as links take them (`vq.link`): a list of buffers, the first one the 12-byte
+`virtio_net_hdr`, then the frame's bytes in pieces. `check_frame` holds a guest's net header against
+the frame and against what the guest negotiated; `finish` computes the checksums and cuts the
+segments that the next one will not do. What the headers of a frame say is `vq.packet`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from vq import packet as packets
+from vq.abi import NET_HDR, NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
+from vq.errors import VqError
+from vq.offload import ALL, Offload
+from vq.packet import Buffer, Packet
+
+__all__ = ["MIN_TCP_GSO_SIZE", "PLAIN_HEADER", "HeaderLie", "check_frame", "finish"]
+
+_Frame: TypeAlias = list[Buffer]
+"""`vq.link.Frame`, which stands in a layer above."""
+
+PLAIN_HEADER = bytes(NET_HDR_SIZE)
+"""The net header of a frame that leaves nothing undone."""
+
+MIN_TCP_GSO_SIZE = 8
+"""Linux's smallest send MSS, 48, less 40 bytes of options: no real sender goes below.
+
+Without a limit a guest could have tens of thousands of segments made out of one frame.
+"""
+MAX_UDP_SEGMENTS = 128
+"""As Linux has it (`UDP_MAX_SEGMENTS`)."""
+MAX_GSO_HEADERS = 512
+"""Bytes of headers that are repeated in each segment."""
+
+_PLAIN = bytes(10)  # num_buffers says nothing in a frame that is sent (virtio 1.3, 5.1.6.2)
+_NEEDS_CSUM = int(HdrFlag.NEEDS_CSUM)
+_GSO_NONE = int(HdrGso.NONE)
+_ETHERNET_HEADER = 14
+
+
+class HeaderLie(VqError):
+    """A net header that is not permitted, or that the frame does not bear out.
+
+    The frame is to be dropped and counted; the device goes on. `reason` is one of these:
+
+    ==========================  ===================================================================
+    "csum not negotiated"       NEEDS_CSUM, and the guest may not leave checksums undone
+    "csum in Ethernet header"   csum_start is below 14: the checksum could overwrite an address
+    "csum beyond frame"         csum_start + csum_offset + 2 is more than the frame's length
+    "gso not negotiated"        a gso_type that the guest may not use (UFO: never)
+    "gso unknown"               a gso_type that virtio does not have, or not without a tunnel
+    "ecn not negotiated"        the ECN bit, and the guest may not use it
+    "ecn without tcp"           the ECN bit with a gso_type that is not TCP
+    "gso without csum"          a gso_type, and NEEDS_CSUM is not set
+    "gso size zero"             a gso_type, and gso_size is 0
+    "gso size too small"        it makes more segments of the frame than any real driver asks for
+    "gso size too large"        a segment would be longer than an IP packet can be
+    "gso headers broken"        the headers in the frame are truncated or contradict each other
+    "gso headers too long"      more than 512 bytes of headers
+    "gso wrong ip version"      gso_type and the frame's IP version differ
+    "gso wrong protocol"        gso_type and the frame's transport protocol differ
+    "gso of a fragment"         the frame is an IP fragment, or has a fragment header
+    "gso of authenticated"      an authentication header, whose value no segment would match
+    "gso ip length"             bytes follow the IP packet in the frame
+    "gso csum position"         the checksum asked for is not the TCP or UDP header's
+    ==========================  ===================================================================
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_frame(frame: _Frame, length: int, allowed: Offload) -> _Frame:
+    """Judges the net header of a frame that a guest sends (virtio 1.3, 5.1.6.2).
+
+    `frame` is ``[net header (a private copy), piece, ...]``, `length` the bytes in the pieces and
+    `allowed` what the guest may leave undone: its CSUM and HOST_* features.
+
+    Returns the frame with a header for the link: of the flags only NEEDS_CSUM, num_buffers 0,
+    fields that have no meaning 0. hdr_len is cut down to the frame's length (a Linux tap refuses
+    more), and exact in a GSO frame. The pieces are the ones given; only in a GSO frame the first
+    of them is a private copy of all headers, the one that was checked. An IP length and an IPv4
+    header checksum that were left 0, as some drivers do, are filled in there.
+
+    Raises `HeaderLie`.
+    """
+    header = frame[0]
+    if header[:10] == _PLAIN:
+        return frame if header == PLAIN_HEADER else [PLAIN_HEADER, *frame[1:]]
+    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    permitted = int(allowed)
+    if flags & _NEEDS_CSUM:
+        if not permitted & _CSUM:
+            raise HeaderLie("csum not negotiated")
+        _check_csum(csum_start, csum_offset, length)
+    elif gso_type == _GSO_NONE:
+        return [PLAIN_HEADER, *frame[1:]]
+    pieces = frame[1:]
+    if gso_type == _GSO_NONE:
+        hdr_len, gso_size = min(hdr_len, length), 0
+    else:
+        packet = _checked_gso(header, pieces, permitted)
+        hdr_len = packet.header_length
+        pieces = [_mended_headers(packet), *packets.cut(pieces, hdr_len)]
+    cleaned = NET_HDR.pack(_NEEDS_CSUM, gso_type, hdr_len, gso_size, csum_start, csum_offset, 0)
+    return [cleaned, *pieces]
+
+
+def finish(frame: _Frame, accepts: Offload) -> list[_Frame]:
+    """Does what `frame` leaves undone and `accepts` does not have; returns the frames to send.
+
+    A frame that leaves nothing undone but what is accepted comes back as it is. A GSO frame whose
+    type is not accepted becomes its segments (see `vq.packet.segment`), with checksums left undone
+    where CSUM is accepted. Without CSUM nothing is accepted: the checksum is computed from
+    csum_start to the frame's end and put at csum_offset, whatever the protocol, and the header
+    says nothing any more, not even DATA_VALID. Payload is never copied: up to the end of the
+    headers or of the checksum field the bytes are private, views of the pieces follow.
+
+    For frames from a guest (after `check_frame`) and for frames from a link. Raises `HeaderLie`
+    when the header is not true of the frame.
+    """
+    header = frame[0]
+    if header[:2] == b"\0\0":
+        return [frame]
+    flags, gso_type, _, _, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    accepted = int(accepts)
+    if not accepted & _CSUM:
+        accepted = 0
+    if gso_type != _GSO_NONE:
+        return _finish_gso(frame, accepted)
+    if accepted:
+        return [frame]
+    if not flags & _NEEDS_CSUM:
+        return [[PLAIN_HEADER, *frame[1:]]]
+    return [[PLAIN_HEADER, *_finish_checksum(frame[1:], csum_start, csum_offset)]]
+
+
+def _finish_gso(frame: _Frame, accepted: int) -> list[_Frame]:
+    header, pieces = frame[0], frame[1:]
+    _, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    wanted = _GSO_OFFLOADS.get(gso_type, 0)
+    if wanted and accepted & wanted == wanted:
+        return [frame]
+    packet = _checked_gso(header, pieces, _ALL)
+    if gso_type == HdrGso.UDP_L4 and accepted & _udp_offload(packet):
+        return [frame]
+    header = PLAIN_HEADER
+    if accepted:
+        header = NET_HDR.pack(
+            _NEEDS_CSUM, _GSO_NONE, packet.header_length, 0, csum_start, csum_offset, 0
+        )
+    segments = packets.segment(packet, pieces, gso_size, partial=bool(accepted))
+    return [[header, *segment] for segment in segments]
+
+
+def _finish_checksum(pieces: Sequence[Buffer], start: int, offset: int) -> list[Buffer]:
+    """The pieces with the checksum from `start` on put at `start + offset`."""
+    length = sum(map(len, pieces))
+    _check_csum(start, offset, length)
+    field = start + offset
+    head = bytearray(packets.copy_range(pieces, 0, field + 2))
+    rest = packets.cut(pieces, field + 2)
+    # The field holds the pseudo-header's sum, and is summed with the rest (virtio 1.3, 5.1.6.2).
+    value = packets.checksum([head[start:], *rest])
+    if value == 0 and offset == packets.UDP_CHECKSUM:
+        value = 0xFFFF  # RFC 768: 0 would mean that there is no checksum
+    head[field : field + 2] = value.to_bytes(2, "big")
+    return [head, *rest]
+
+
+# --- what may be asked for -----------------------------------------------------------------------
+
+_CSUM = int(Offload.CSUM)  # plain integers: an operation on flags costs more than all the rest
+_ECN = int(Offload.ECN)
+_ALL = int(ALL)
+_GSO_OFFLOADS = {
+    int(HdrGso.TCPV4): int(Offload.TSO4),
+    int(HdrGso.TCPV6): int(Offload.TSO6),
+    HdrGso.TCPV4 | NET_HDR_GSO_ECN: int(Offload.TSO4 | Offload.ECN),
+    HdrGso.TCPV6 | NET_HDR_GSO_ECN: int(Offload.TSO6 | Offload.ECN),
+    int(HdrGso.UDP_L4): int(Offload.USO4 | Offload.USO6),
+}
+"""What each gso_type asks for; UDP_L4 asks for one of the two, as the frame's IP version has it."""
+
+
+def _check_csum(start: int, offset: int, length: int) -> None:
+    if start < _ETHERNET_HEADER:
+        raise HeaderLie("csum in Ethernet header")
+    if start + offset + 2 > length:
+        raise HeaderLie("csum beyond frame")
+
+
+def _checked_gso(header: Buffer, pieces: Sequence[Buffer], permitted: int) -> Packet:
+    """The headers of a GSO frame; raises `HeaderLie` unless they and the net header agree."""
+    flags, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    _check_gso_type(gso_type, permitted)
+    if not flags & _NEEDS_CSUM:
+        raise HeaderLie("gso without csum")
+    if not gso_size:
+        raise HeaderLie("gso size zero")
+    packet = packets.parse(pieces)
+    _check_gso_packet(packet, gso_type & ~NET_HDR_GSO_ECN)
+    if gso_type == HdrGso.UDP_L4 and not permitted & _udp_offload(packet):
+        raise HeaderLie("gso not negotiated")
+    if csum_start != packet.l4_offset or csum_offset != packet.l4_checksum_offset:
+        raise HeaderLie("gso csum position")
+    _check_gso_size(packet, gso_size)
+    return packet
+
+
+def _check_gso_type(gso_type: int, permitted: int) -> None:
+    kind = gso_type & ~NET_HDR_GSO_ECN
+    if kind == HdrGso.UDP:
+        raise HeaderLie("gso not negotiated")
+    if kind != gso_type and kind in (HdrGso.NONE, HdrGso.UDP_L4):
+        raise HeaderLie("ecn without tcp")
+    if kind not in _GSO_OFFLOADS:
+        raise HeaderLie("gso unknown")
+    if not permitted & _GSO_OFFLOADS[kind]:
+        raise HeaderLie("gso not negotiated")
+    if kind != gso_type and not permitted & _ECN:
+        raise HeaderLie("ecn not negotiated")
+
+
+def _check_gso_packet(packet: Packet, kind: int) -> None:
+    if packet.reason is not None:
+        raise HeaderLie("gso headers broken")
+    if packet.ip_version == 0 or (kind, packet.ip_version) in _WRONG_VERSION:
+        raise HeaderLie("gso wrong ip version")
+    if packet.is_fragment or packets.IPPROTO_FRAGMENT in packet.extensions:
+        raise HeaderLie("gso of a fragment")
+    if packets.IPPROTO_AH in packet.extensions:
+        raise HeaderLie("gso of authenticated")
+    udp = kind == HdrGso.UDP_L4
+    if packet.l4_protocol != (packets.IPPROTO_UDP if udp else packets.IPPROTO_TCP):
+        raise HeaderLie("gso wrong protocol")
+    if packet.header_length > MAX_GSO_HEADERS:
+        raise HeaderLie("gso headers too long")
+    if packet.l3_end != packet.length:
+        raise HeaderLie("gso ip length")
+
+
+_WRONG_VERSION = frozenset(((int(HdrGso.TCPV4), 6), (int(HdrGso.TCPV6), 4)))
+
+
+def _check_gso_size(packet: Packet, gso_size: int) -> None:
+    payload = packet.length - packet.header_length
+    if packet.l4_protocol == packets.IPPROTO_UDP:
+        too_small = payload > gso_size * MAX_UDP_SEGMENTS
+    else:
+        too_small = gso_size < MIN_TCP_GSO_SIZE
+    if too_small:
+        raise HeaderLie("gso size too small")
+    if packet.header_length - packet.l2_length + min(gso_size, payload) > 0xFFFF:
+        raise HeaderLie("gso size too large")
+
+
+def _udp_offload(packet: Packet) -> int:
+    return int(Offload.USO4 if packet.ip_version == 4 else Offload.USO6)
+
+
+def _mended_headers(packet: Packet) -> bytes:
+    """The private headers, with an IP length or IPv4 header checksum that is 0 filled in.
+
+    Segments get both anew, but a Linux host that is given the frame whole drops it without.
+    """
+    l3 = packet.l3_offset
+    if l3 is None or packet.l3_length > 0xFFFF:
+        return packet.header
+    header = bytearray(packet.header)
+    if packet.ip_version == 6:
+        header[l3 + 4 : l3 + 6] = (packet.l3_length - 40).to_bytes(2, "big")
+        return bytes(header)
+    if header[l3 + 2 : l3 + 4] == b"\0\0" or header[l3 + 10 : l3 + 12] == b"\0\0":
+        header[l3 + 2 : l3 + 4] = packet.l3_length.to_bytes(2, "big")
+        header[l3 + 10 : l3 + 12] = b"\0\0"
+        end = l3 + (header[l3] & 15) * 4
+        header[l3 + 10 : l3 + 12] = packets.checksum([header[l3:end]]).to_bytes(2, "big")
+    return bytes(header)
