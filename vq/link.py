@@ -14,20 +14,33 @@ Taps are links too; they live in modules of their own (`tap_linux`, `tap_bsd`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from vq.offload import Offload
+from vq.offload import ALL, Offload
 
-__all__ = ["Frame", "FrameBuffer", "Link", "Port", "Room"]
+__all__ = [
+    "MAX_FRAME",
+    "Frame",
+    "FrameBuffer",
+    "Link",
+    "LoopbackLink",
+    "NullLink",
+    "PairedLink",
+    "Port",
+    "QueuePort",
+    "Room",
+    "link_pair",
+    "scatter",
+]
 
 FrameBuffer: TypeAlias = bytes | bytearray | memoryview
 Frame: TypeAlias = list[FrameBuffer]
 """``[virtio_net_hdr (12 bytes), piece of the frame, ...]``"""
 
-MAX_FRAME = 65550
-"""65536 + 14 bytes: what a driver makes room for at most (virtio 1.3, 5.1.6.3.1)."""
+MAX_FRAME = 262144
+"""The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 
 
 class Room(Protocol):
@@ -120,3 +133,135 @@ class Link(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back everything that the link holds. Closing twice is allowed."""
+
+
+def scatter(pieces: Sequence[FrameBuffer], views: Sequence[memoryview]) -> None:
+    """Copies the pieces' bytes, one after another, into the views, which have room for them."""
+    targets = iter(views)
+    target = memoryview(b"")
+    for piece in pieces:
+        source = memoryview(piece)
+        while len(source):
+            if not len(target):
+                target = next(targets)
+                continue
+            count = min(len(source), len(target))
+            target[:count] = source[:count]
+            source, target = source[count:], target[count:]
+
+
+# --- links inside this process -------------------------------------------------------------------
+
+
+class QueuePort(Port):
+    """A port whose frames wait in this process, copied out of the sender's memory.
+
+    What is written to it comes out of its `peer`, which may be the port itself. It takes no more
+    frames while `limit` of them wait there.
+    """
+
+    def __init__(self, *, limit: int = 1024) -> None:
+        super().__init__()
+        self.peer: QueuePort = self
+        self.limit = limit
+        self._waiting: deque[tuple[bytes, bytes]] = deque()
+        self._was_full = False
+
+    def write_burst(self, frames: Sequence[Frame]) -> int:
+        """See `Port.write_burst`."""
+        peer = self.peer
+        taken = frames[: peer.limit - len(peer._waiting)]
+        for frame in taken:
+            if sum(map(len, frame)) > MAX_FRAME:
+                self.dropped["too long"] += 1
+            else:
+                peer._waiting.append((bytes(frame[0]), b"".join(frame[1:])))
+        if len(taken) < len(frames):
+            peer._was_full = True
+        if peer._waiting and peer.on_readable is not None:
+            peer.on_readable()
+        return len(taken)
+
+    def read_burst(self, room: Room, limit: int) -> int:
+        """See `Port.read_burst`."""
+        waiting = self._waiting
+        moved = 0
+        while moved < limit and waiting:
+            views = room.views()
+            if not views:
+                break
+            header, data = waiting.popleft()
+            if len(data) <= len(views[0]):
+                views[0][: len(data)] = data
+            else:
+                scatter((data,), views)
+            room.commit(header, len(data))
+            moved += 1
+        if moved and self._was_full:
+            self._was_full = False
+            if self.peer.on_writable is not None:
+                self.peer.on_writable()
+        return moved
+
+
+class _QueueLink(Link):
+    """A link of queue ports. Nothing needs to be done on the way: both ends know offloads."""
+
+    accepts = ALL
+    delivers = ALL
+    max_frame = MAX_FRAME
+
+    def __init__(self, name: str, ports: Sequence[QueuePort]) -> None:
+        self.name = name
+        self.ports = ports
+
+    def close(self) -> None:
+        """Frames that still wait are dropped."""
+        for port in self.ports:
+            if isinstance(port, QueuePort):
+                port._waiting.clear()
+
+
+class LoopbackLink(_QueueLink):
+    """Frames come back through the port that they were written to."""
+
+    def __init__(self, *, ports: int = 1, limit: int = 1024) -> None:
+        super().__init__("loopback", [QueuePort(limit=limit) for _ in range(ports)])
+
+
+class PairedLink(_QueueLink):
+    """One end of a cable; see `link_pair`."""
+
+
+def link_pair(*, ports: int = 1, limit: int = 1024) -> tuple[PairedLink, PairedLink]:
+    """Both ends of a cable: what goes into a port of one comes out of the same port of the other.
+
+    With a device plugged into each end, two guests talk to each other.
+    """
+    left = [QueuePort(limit=limit) for _ in range(ports)]
+    right = [QueuePort(limit=limit) for _ in range(ports)]
+    for one, other in zip(left, right, strict=True):
+        one.peer, other.peer = other, one
+    return PairedLink("pair:0", left), PairedLink("pair:1", right)
+
+
+class NullLink(Link):
+    """Takes every frame and gives none."""
+
+    name = "null"
+    accepts = ALL
+    delivers = Offload.NONE
+
+    def __init__(self, *, ports: int = 1) -> None:
+        self.ports = [_NullPort() for _ in range(ports)]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _NullPort(Port):
+    def write_burst(self, frames: Sequence[Frame]) -> int:
+        return len(frames)
+
+    def read_burst(self, room: Room, limit: int) -> int:
+        return 0

@@ -1,0 +1,451 @@
+"""A device model's base: features, status, configuration space, queues and reset. No I/O.
+
+A device model derives from `Device`, says what it is (`device_id`, `queue_names`, features, a
+configuration structure) and handles its queues in `process`. A transport, or a scripted driver that
+calls the same methods directly, stands on the other side: the methods up to `notify` are what a
+driver can do to a device, and their names are those of `vq.driver.Transport`.
+
+Nothing that a driver does raises here. A driver that breaks a rule gets a device that needs a reset
+(virtio 1.3, 2.1.2) and works again after it; the reason is logged and kept in `fault`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from vq.abi import Feature, Status, bits, feature_mask
+from vq.errors import DriverError, UsageError, VqError
+from vq.memory import GuestMemory
+from vq.split_ring import InflightLog, SplitRing
+
+__all__ = ["RING_FEATURES", "Device", "Queue", "Watch", "with_needs_met"]
+
+log = logging.getLogger(__name__)
+
+RING_FEATURES = feature_mask(
+    (
+        Feature.INDIRECT_DESC,
+        Feature.EVENT_IDX,
+        Feature.VERSION_1,
+        Feature.IN_ORDER,
+        Feature.RING_RESET,
+    )
+)
+"""What every queue of every vq device can do."""
+
+
+_DRIVER_OK = int(Status.DRIVER_OK)
+_WORKING_BITS = int(Status.DRIVER_OK | Status.NEEDS_RESET | Status.FAILED)
+
+
+def with_needs_met(features: int, needs: Mapping[int, int]) -> int:
+    """`features` without those that need another one which is not there (virtio 1.3, 2.2.1).
+
+    `needs` gives for a bit number the set of which at least one must be there too.
+    """
+    while True:
+        unmet = feature_mask(bit for bit in bits(features) if not needs.get(bit, ~0) & features)
+        if not unmet:
+            return features
+        features &= ~unmet
+
+
+class Queue:
+    """One virtqueue of a device: what the driver set up, and the ring once it did."""
+
+    def __init__(self, index: int, name: str, max_size: int) -> None:
+        self.index = index
+        self.name = name
+        self.max_size = max_size
+        self.ring: SplitRing | None = None
+        self.enabled = False
+        """Whether the device may work on the ring; a transport may pause a ring that it keeps."""
+
+
+class Watch:
+    """A file descriptor that a device wants an event loop to watch for it.
+
+    The device says with `reading` and `writing` what it waits for now and changes that through
+    `want`; whoever runs the loop sets `on_change` to hear of it, and calls `readable` or `writable`
+    when the descriptor is. Both are cheap and safe to call once too often.
+    """
+
+    def __init__(
+        self, fd: int, *, readable: Callable[[], None], writable: Callable[[], None]
+    ) -> None:
+        self.fd = fd
+        self.readable = readable
+        self.writable = writable
+        self.reading = False
+        self.writing = False
+        self.on_change: Callable[[Watch], None] | None = None
+
+    def want(self, *, reading: bool | None = None, writing: bool | None = None) -> None:
+        """Changes what the device waits for; None leaves it as it is."""
+        before = self.reading, self.writing
+        if reading is not None:
+            self.reading = reading
+        if writing is not None:
+            self.writing = writing
+        if (self.reading, self.writing) != before and self.on_change is not None:
+            self.on_change(self)
+
+
+class Device(ABC):
+    """A device model without its transport.
+
+    `queue_sizes` gives each queue's largest size, a power of two up to 32768; `features` is what
+    the device offers. What `features` names but lacks a feature that it needs is not offered.
+    """
+
+    device_id: ClassVar[int]
+    """Device type (virtio 1.3, 5)."""
+    feature_needs: ClassVar[Mapping[int, int]] = {}
+    """For a feature's bit number, the set of features of which it needs at least one."""
+
+    on_queue_call: Callable[[int], None] | None = None
+    """The transport's: a used-buffer notification for the queue of this index."""
+    on_config_change: Callable[[], None] | None = None
+    """The transport's: a configuration change notification."""
+    on_work_left: Callable[[int], None] | None = None
+    """The transport's, if it has other things to do: this queue's turn is over but there is more.
+
+    It calls `notify` again when it has been round. Without it `notify` works until all is done.
+    """
+
+    def __init__(
+        self,
+        *,
+        features: int,
+        queues: Sequence[tuple[str, int]],
+        config: ctypes.Structure | None = None,
+        memory: GuestMemory | None = None,
+    ) -> None:
+        self._offered = with_needs_met(features, self.feature_needs)
+        if not self._offered >> Feature.VERSION_1 & 1:
+            raise UsageError("a device offers VERSION_1: legacy drivers are not served")
+        self.queues = [Queue(index, name, size) for index, (name, size) in enumerate(queues)]
+        for queue in self.queues:
+            if not 1 <= queue.max_size <= 32768 or queue.max_size & (queue.max_size - 1):
+                raise UsageError(
+                    f"a queue's size is a power of two from 1 to 32768, not {queue.max_size}"
+                )
+        self.memory = memory
+        self.watches: list[Watch] = []
+        """The file descriptors that an event loop should watch for the device."""
+        self.config = config
+        self.stats: Counter[str] = Counter()
+        """What happened since the device was made, by name; a reset does not clear it."""
+        self.fault: VqError | Exception | None = None
+        """Why the device needs a reset, if it does."""
+        self._initial_config = b"" if config is None else bytes(config)
+        self._generation = 0
+        self._status = 0
+        self._driver_features = 0
+
+    # --- what a driver can do -------------------------------------------------------------------
+
+    @property
+    def device_features(self) -> int:
+        """The features that the device offers."""
+        return self._offered
+
+    @property
+    def driver_features(self) -> int:
+        """The features that the driver accepted; they hold once FEATURES_OK is set."""
+        return self._driver_features
+
+    def accept_features(self, features: int) -> None:
+        """The driver names the features that it accepts (virtio 1.3, 3.1.1 step 4)."""
+        if self._status & Status.FEATURES_OK:
+            self._driver_broke(
+                DriverError("features accepted after FEATURES_OK", section="3.1.1"),
+            )
+            return
+        self._driver_features = features
+
+    @property
+    def status(self) -> int:
+        """The device status field (virtio 1.3, 2.1)."""
+        return self._status
+
+    def write_status(self, status: int) -> None:
+        """The driver writes the status field; 0 resets the device.
+
+        FEATURES_OK stays off when the driver accepted what was not offered, or a feature without
+        one that it needs (virtio 1.3, 2.2.2).
+        """
+        if not status:
+            self.reset()
+            return
+        if self._status & ~Status.NEEDS_RESET & ~status:
+            self._driver_broke(DriverError("a status bit was cleared", section="2.1.1"))
+            return
+        new = status & ~self._status
+        if new & Status.FEATURES_OK:
+            refusal = self._refusal()
+            if refusal:
+                log.warning("FEATURES_OK refused: %s", refusal)
+                self.stats["features_refused"] += 1
+                new &= ~Status.FEATURES_OK
+        if new & Status.DRIVER_OK and not (self._status | new) & Status.FEATURES_OK:
+            self._driver_broke(DriverError("DRIVER_OK without FEATURES_OK", section="3.1.1"))
+            return
+        self._status |= int(new) & ~int(Status.NEEDS_RESET)
+        if new & Status.FEATURES_OK:
+            self.features_negotiated(self._driver_features)
+        if new & Status.DRIVER_OK:
+            self.driver_ready()
+
+    @property
+    def config_generation(self) -> int:
+        """Changes whenever the configuration space does (virtio 1.3, 2.5)."""
+        return self._generation
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """`length` bytes of the configuration space; zeros beyond its end."""
+        data = b"" if self.config is None else bytes(self.config)
+        return data[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes to the configuration space. Fields are read-only unless a model
+        overrides this; writes to them are counted and have no effect."""
+        self.stats["config_writes_ignored"] += 1
+
+    @property
+    def queue_count(self) -> int:
+        """How many queues the device has."""
+        return len(self.queues)
+
+    def queue_max_size(self, index: int) -> int:
+        """The largest size of a queue in descriptors; 0 when there is no such queue."""
+        return self.queues[index].max_size if 0 <= index < len(self.queues) else 0
+
+    def setup_queue(
+        self,
+        index: int,
+        *,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        next_avail: int = 0,
+        next_used: int = 0,
+        resubmit: Iterable[int] = (),
+        inflight_log: InflightLog | None = None,
+    ) -> None:
+        """The driver places a queue's three parts in its memory and enables it.
+
+        `next_avail` and what follows it are for a transport that takes over a queue which an
+        earlier device had begun to work on; see `SplitRing`.
+        """
+        try:
+            queue = self._queue(index)
+            if self.memory is None:
+                raise UsageError("the device has no guest memory yet")
+            if size > queue.max_size:
+                raise DriverError(
+                    f"a size of {size} where {queue.max_size} is the most",
+                    queue=queue.name,
+                    section="4.1.4.3.2",
+                )
+            queue.ring = SplitRing(
+                self.memory,
+                size,
+                desc,
+                avail,
+                used,
+                features=self._driver_features,
+                next_avail=next_avail,
+                next_used=next_used,
+                resubmit=resubmit,
+                inflight_log=inflight_log,
+                name=queue.name,
+            )
+        except DriverError as error:
+            self._driver_broke(error)
+            return
+        queue.enabled = True
+        self.queue_started(queue)
+
+    def reset_queue(self, index: int) -> None:
+        """The driver resets one queue; it may set it up again (virtio 1.3, 2.6.1)."""
+        try:
+            queue = self._queue(index)
+            if not self._driver_features >> Feature.RING_RESET & 1:
+                raise DriverError(
+                    "a queue reset although RING_RESET was not negotiated",
+                    queue=queue.name,
+                    section="2.6.1",
+                )
+        except DriverError as error:
+            self._driver_broke(error)
+            return
+        self._drop_ring(queue)
+
+    def notify(self, index: int, /) -> None:
+        """A kick: the driver made buffers available in a queue. Spurious kicks do no harm."""
+        if not 0 <= index < len(self.queues):
+            self.stats["stray_kicks"] += 1
+            return
+        queue = self.queues[index]
+        while self.ready(queue):
+            try:
+                more = self.process(queue)
+            except DriverError as error:
+                self._driver_broke(error)
+                return
+            except Exception as error:
+                # A fault of ours must not become the death of every other guest's device.
+                log.exception("%s: the device model failed", queue.name)
+                self._fail(error)
+                return
+            if not more:
+                return
+            if self.on_work_left is not None:
+                self.on_work_left(index)
+                return
+
+    # --- for transports and hosts ---------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to the state in which the device was made; statistics are kept."""
+        for queue in self.queues:
+            self._drop_ring(queue)
+        self._status = 0
+        self._driver_features = 0
+        self.fault = None
+        if self.config is not None:
+            ctypes.memmove(
+                ctypes.addressof(self.config), self._initial_config, len(self._initial_config)
+            )
+        self.stats["resets"] += 1
+        self.device_reset()
+
+    def stop_queue(self, index: int) -> int:
+        """Takes a queue's ring away; returns the position from which to go on later.
+
+        Chains that the device holds without having begun on them are put back first. For
+        transports that stop and restart rings (vhost-user's GET_VRING_BASE). Returns 0 for a queue
+        that was not set up.
+        """
+        queue = self.queues[index]
+        if queue.ring is None:
+            return 0
+        self.queue_stopping(queue)
+        next_avail = queue.ring.next_avail
+        queue.ring = None
+        queue.enabled = False
+        return next_avail
+
+    def ready(self, queue: Queue) -> bool:
+        """Whether the device may work on a queue now (virtio 1.3, 2.1.2)."""
+        return (
+            queue.enabled
+            and queue.ring is not None
+            and self._status & _WORKING_BITS == _DRIVER_OK
+        )
+
+    def close(self) -> None:
+        """Gives back what the device holds of the host's. Closing twice is allowed."""
+
+    def has_feature(self, bit: int) -> bool:
+        """Whether a feature was negotiated. False before FEATURES_OK."""
+        return bool(self._status & Status.FEATURES_OK and self._driver_features >> bit & 1)
+
+    # --- for device models ----------------------------------------------------------------------
+
+    @abstractmethod
+    def process(self, queue: Queue) -> bool:
+        """Works on a queue that may have new chains; returns whether there is more to do.
+
+        A turn is bounded: a burst or a few, so that one queue cannot keep others waiting. A
+        `DriverError` that gets out means that the device needs a reset; so does any other error,
+        which is logged with its traceback.
+        """
+
+    def features_negotiated(self, features: int) -> None:
+        """FEATURES_OK is set: `features` holds until the next reset."""
+
+    def driver_ready(self) -> None:
+        """DRIVER_OK is set."""
+
+    def queue_started(self, queue: Queue) -> None:
+        """The queue has a ring now."""
+
+    def queue_stopping(self, queue: Queue) -> None:
+        """The queue's ring is about to go, in good order: put back what was not begun on."""
+
+    def queue_dropped(self, queue: Queue) -> None:
+        """The queue's ring went away in a reset: forget every chain of it."""
+
+    def device_reset(self) -> None:
+        """The device was reset: forget what the driver set."""
+
+    def update_config(self, **fields: object) -> None:
+        """Changes fields of the configuration space and tells the driver (virtio 1.3, 2.5)."""
+        if self.config is None:
+            raise UsageError("this device has no configuration space")
+        for name, value in fields.items():
+            setattr(self.config, name, value)
+        self._generation = (self._generation + 1) & 0xFFFFFFFF
+        self._notify_config_change()
+
+    def publish(self, queue: Queue) -> None:
+        """Lets the driver see what was used in a queue, and calls it if it wants to be called."""
+        ring = queue.ring
+        if (
+            ring is not None
+            and ring.publish()
+            and ring.should_notify()
+            and self.on_queue_call is not None
+        ):
+            self.on_queue_call(queue.index)
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _queue(self, index: int) -> Queue:
+        if not 0 <= index < len(self.queues):
+            raise DriverError(f"no queue {index}: the device has {len(self.queues)}")
+        return self.queues[index]
+
+    def _drop_ring(self, queue: Queue) -> None:
+        queue.enabled = False
+        if queue.ring is not None:
+            queue.ring = None
+            self.queue_dropped(queue)
+
+    def _refusal(self) -> str | None:
+        """Why the accepted features cannot be, or None."""
+        features = self._driver_features
+        surplus = features & ~self._offered
+        if surplus:
+            return f"feature bits {list(bits(surplus))} were not offered"
+        if not features >> Feature.VERSION_1 & 1:
+            return "VERSION_1 was not accepted"
+        unmet = features & ~with_needs_met(features, self.feature_needs)
+        if unmet:
+            return f"feature bits {list(bits(unmet))} need others that were not accepted"
+        return None
+
+    def _driver_broke(self, error: DriverError) -> None:
+        log.warning("driver error: %s", error)
+        self.stats["driver_errors"] += 1
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """DEVICE_NEEDS_RESET, with its notification once the driver is up (virtio 1.3, 2.1.2)."""
+        self.fault = error
+        for queue in self.queues:
+            self.publish(queue)  # what was done before the fault is the driver's
+        self._status |= int(Status.NEEDS_RESET)
+        self._notify_config_change()
+
+    def _notify_config_change(self) -> None:
+        if self._status & Status.DRIVER_OK and self.on_config_change is not None:
+            self.on_config_change()

@@ -1,0 +1,678 @@
+"""The virtio network device over a `Link` (virtio 1.3, 5.1).
+
+`NetDevice` moves bursts of frames between a guest's queues and the ports of a link, and carries out
+what the guest asks for on the control queue. Every feature is negotiated before it is used, in both
+directions; what the guest leaves undone and the link cannot do is done in software.
+
+The path of a frame towards the host: chains are popped in a burst, each frame's net header is
+copied and checked, the link writes straight out of guest memory, and the buffers go back in one
+burst with at most one call. Towards the guest see `vq.net_receive`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from vq.abi import (
+    CTRL_ERR,
+    CTRL_OK,
+    NET_HDR_SIZE,
+    CtrlAnnounce,
+    CtrlClass,
+    CtrlGuestOffloads,
+    CtrlMac,
+    CtrlMq,
+    CtrlRx,
+    CtrlVlan,
+    DeviceId,
+    NetConfig,
+    NetFeature,
+    NetStatus,
+    feature_mask,
+)
+from vq.device import RING_FEATURES, Device, Queue, Watch
+from vq.errors import DriverError, UsageError
+from vq.link import Frame, Link, Port
+from vq.memory import GuestMemory
+from vq.net_filter import ReceiveFilter
+from vq.net_receive import ReceiveWindow
+from vq.offload import (
+    Offload,
+    features_for_guest,
+    features_for_host,
+    guest_offloads,
+    host_offloads,
+)
+from vq.packet import copy_range, cut
+from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
+from vq.split_ring import Chain
+
+__all__ = ["DEFAULT_MAC", "NetDevice"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
+"""A locally administered unicast address, for devices whose maker did not choose one."""
+MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
+BURST = 64
+BURSTS_PER_TURN = 4
+"""A turn on one queue, so that a busy guest does not keep the other queues waiting."""
+MAX_CONTROL = 65536
+"""The longest control command in bytes; enough for 10,000 addresses."""
+_ETHERNET = 14
+_ETHERNET_AND_VLANS = _ETHERNET + 2 * 4
+_NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
+
+_CSUM = 1 << NetFeature.CSUM
+_GUEST_CSUM = 1 << NetFeature.GUEST_CSUM
+_CTRL_VQ = 1 << NetFeature.CTRL_VQ
+ALWAYS_OFFERED = RING_FEATURES | feature_mask(
+    (
+        NetFeature.MAC,
+        NetFeature.STATUS,
+        NetFeature.SPEED_DUPLEX,
+        NetFeature.MRG_RXBUF,
+        NetFeature.CTRL_VQ,
+        NetFeature.CTRL_RX,
+        NetFeature.CTRL_RX_EXTRA,
+        NetFeature.CTRL_VLAN,
+        NetFeature.CTRL_MAC_ADDR,
+        NetFeature.CTRL_GUEST_OFFLOADS,
+        NetFeature.GUEST_ANNOUNCE,
+    )
+)
+OFFLOAD_FEATURES = features_for_host(~Offload.NONE) | features_for_guest(~Offload.NONE)
+
+
+class NetDevice(Device):
+    """A network device plugged into a link.
+
+    `mac` is 6 bytes. `mtu` (68 to 65535) is offered to the guest when given; `speed` is in
+    Mbit/s, None for unknown. `queue_pairs` beyond 1 offer MQ; pairs that the link has no port for
+    send through the ports that there are. `features`, a set of bit numbers as an int, limits what
+    is offered. With `lock_mac` frames that the guest sends from another address are dropped, and
+    frames for others never touch the guest's memory. With `complete_checksums` the guest gets no
+    partial checksums, even if it takes them: for programs in it that read raw frames and know
+    nothing of offloads, as DHCP clients do.
+
+    The device closes the link when it is closed. Statistics are in `stats`: ``tx_frames``,
+    ``tx_bytes``, ``rx_frames``, ``rx_bytes``, ``tx_dropped: reason`` and ``rx_dropped: reason``.
+    """
+
+    device_id = DeviceId.NET
+    feature_needs: ClassVar[Mapping[int, int]] = {  # virtio 1.3, 5.1.3.1
+        NetFeature.GUEST_TSO4: _GUEST_CSUM,
+        NetFeature.GUEST_TSO6: _GUEST_CSUM,
+        NetFeature.GUEST_ECN: 1 << NetFeature.GUEST_TSO4 | 1 << NetFeature.GUEST_TSO6,
+        NetFeature.GUEST_UFO: _GUEST_CSUM,
+        NetFeature.GUEST_USO4: _GUEST_CSUM,
+        NetFeature.GUEST_USO6: _GUEST_CSUM,
+        NetFeature.HOST_TSO4: _CSUM,
+        NetFeature.HOST_TSO6: _CSUM,
+        NetFeature.HOST_ECN: 1 << NetFeature.HOST_TSO4 | 1 << NetFeature.HOST_TSO6,
+        NetFeature.HOST_UFO: _CSUM,
+        NetFeature.HOST_USO: _CSUM,
+        NetFeature.CTRL_RX: _CTRL_VQ,
+        NetFeature.CTRL_VLAN: _CTRL_VQ,
+        NetFeature.GUEST_ANNOUNCE: _CTRL_VQ,
+        NetFeature.MQ: _CTRL_VQ,
+        NetFeature.CTRL_MAC_ADDR: _CTRL_VQ,
+    }
+    _control_index: int | None
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        mac: bytes = DEFAULT_MAC,
+        mtu: int | None = None,
+        speed: int | None = None,
+        queue_pairs: int = 1,
+        queue_size: int = 256,
+        control_queue_size: int = 64,
+        features: int = -1,
+        lock_mac: bool = False,
+        complete_checksums: bool = False,
+        memory: GuestMemory | None = None,
+    ) -> None:
+        if len(mac) != 6 or mac[0] & 1 or not any(mac):
+            raise UsageError(f"{mac.hex(':')} is not a unicast MAC address")
+        if mtu is not None and not 68 <= mtu <= 65535:
+            raise UsageError(f"an MTU is from 68 to 65535 bytes, not {mtu}")
+        if speed is not None and not 0 <= speed <= 0x7FFFFFFF:
+            raise UsageError(f"a speed of {speed} Mbit/s cannot be told to a guest")
+        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
+            raise UsageError(f"queue pairs are from 1 to {MAX_QUEUE_PAIRS}, not {queue_pairs}")
+        offered = ALWAYS_OFFERED | OFFLOAD_FEATURES
+        if mtu is not None:
+            offered |= 1 << NetFeature.MTU
+        if queue_pairs > 1:
+            offered |= 1 << NetFeature.MQ
+        config = NetConfig(
+            mac=(ctypes.c_uint8 * 6)(*mac),
+            status=NetStatus.LINK_UP if link.is_up else 0,
+            max_virtqueue_pairs=queue_pairs,
+            mtu=mtu or 0,
+            speed=0xFFFFFFFF if speed is None else speed,
+            duplex=0xFF if speed is None else 1,
+        )
+        names = [name for pair in range(queue_pairs) for name in (f"rx{pair}", f"tx{pair}")]
+        super().__init__(
+            features=offered & features,
+            queues=[*((name, queue_size) for name in names), ("control", control_queue_size)],
+            config=config,
+            memory=memory,
+        )
+        self._config = config
+        self.link = link
+        self.mac = mac
+        self.lock_mac = lock_mac
+        self.complete_checksums = complete_checksums
+        self._max_pairs = queue_pairs
+        self._working = False
+        self._interrupted: list[int] = []  # queues that wanted attention in the meantime
+        self._broken: set[int] = set()  # ports whose end of the link is gone
+        self._port_watches: list[Watch | None] = [
+            self._watch_port(index, port) for index, port in enumerate(link.ports)
+        ]
+        self.watches = [watch for watch in self._port_watches if watch is not None]
+        self.device_reset()
+
+    # --- Device -----------------------------------------------------------------------------------
+
+    def features_negotiated(self, features: int) -> None:
+        """Takes up what the driver accepted, and asks the link to deliver accordingly."""
+        self._host_offloads = host_offloads(features)
+        self._guest_offloads = guest_offloads(features)
+        if features >> NetFeature.CTRL_VLAN & 1:
+            self.filter.vlans = set()
+        pairs = self._max_pairs if features >> NetFeature.MQ & 1 else 1
+        self._control_index = 2 * pairs if features & _CTRL_VQ else None
+        self._configure_receiving()
+
+    def driver_ready(self) -> None:
+        """The driver is there: frames that wait in the link may come."""
+        for queue in self.queues:
+            self.notify(queue.index)
+
+    def device_reset(self) -> None:
+        """Forgets all that the driver set (virtio 1.3, 2.4)."""
+        self.filter = ReceiveFilter(self.mac)
+        self._host_offloads = Offload.NONE
+        self._guest_offloads = Offload.NONE
+        self._control_index = None
+        self._active_pairs = 1
+        self._windows: dict[int, ReceiveWindow] = {}
+        self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
+        for watch in self.watches:
+            watch.want(reading=False, writing=False)
+        self.link.activate_ports(1)
+        self.link.request_offloads(Offload.NONE)
+
+    def queue_started(self, queue: Queue) -> None:
+        """Makes a receive queue's window or a transmit queue's backlog."""
+        if queue.index == self._control_index or queue.ring is None:
+            return
+        if queue.index % 2:
+            self._backlogs[queue.index] = deque()
+        else:
+            self._windows[queue.index] = ReceiveWindow(
+                queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
+            )
+            self._configure_receiving()
+
+    def queue_stopping(self, queue: Queue) -> None:
+        """Puts unused receive buffers back; frames that a full link never took are dropped."""
+        window = self._windows.pop(queue.index, None)
+        if window is not None:
+            window.put_back()
+        backlog = self._backlogs.pop(queue.index, None)
+        if backlog and queue.ring is not None:
+            self.stats["tx_dropped: queue stopped"] += len(backlog)
+            queue.ring.push_burst([chain for _, chain in backlog if chain is not None])
+
+    def queue_dropped(self, queue: Queue) -> None:
+        """The ring is gone, and all that was popped from it."""
+        self._windows.pop(queue.index, None)
+        self._backlogs.pop(queue.index, None)
+
+    def process(self, queue: Queue) -> bool:
+        """One turn on a queue: a few bursts."""
+        if self._working:
+            # A link or a scripted driver called back from within our own work. One thing at a time.
+            self._interrupted.append(queue.index)
+            return False
+        self._working = True
+        try:
+            if queue.index == self._control_index:
+                more = self._control(queue)
+            elif queue.index % 2:
+                more = self._transmit(queue)
+            else:
+                more = self._receive(queue)
+        finally:
+            self._working = False
+        while self._interrupted:
+            self.notify(self._interrupted.pop(0))
+        return more
+
+    def close(self) -> None:
+        """Closes the link."""
+        self.link.close()
+
+    # --- for hosts --------------------------------------------------------------------------------
+
+    def set_link_up(self, up: bool) -> None:
+        """Tells the guest whether its cable is in (virtio 1.3, 5.1.4: status)."""
+        status = self.config_status & ~NetStatus.LINK_UP | (NetStatus.LINK_UP if up else 0)
+        if status != self.config_status:
+            self.update_config(status=status)
+
+    def announce(self) -> None:
+        """Asks the guest to make itself known on its network, as after a migration."""
+        if self.has_feature(NetFeature.GUEST_ANNOUNCE):
+            self.update_config(status=self.config_status | NetStatus.ANNOUNCE)
+
+    @property
+    def config_status(self) -> int:
+        """`virtio_net_config.status`."""
+        return int(self._config.status)
+
+    # --- towards the host -------------------------------------------------------------------------
+
+    def _transmit(self, queue: Queue) -> bool:
+        ring = queue.ring
+        if ring is None:
+            return False
+        if self._backlogs[queue.index] and not self._send_backlog(queue):
+            return False
+        ring.disable_kicks()
+        for _ in range(BURSTS_PER_TURN):
+            chains = ring.pop_burst(BURST)
+            if chains:
+                burst = self._burst(queue, chains)
+                blocked = not self._send(queue, burst.frames, burst.owners)
+                ring.write_used_burst(burst.dropped)
+                self.publish(queue)
+                if burst.fault is not None:
+                    raise burst.fault
+                if blocked:
+                    return False
+            elif not ring.enable_kicks():
+                return False
+            else:
+                ring.disable_kicks()
+        return True
+
+    def _burst(self, queue: Queue, chains: Sequence[Chain]) -> _Burst:
+        """Makes frames for the link out of a burst of chains."""
+        burst = _Burst()
+        frames, owners = burst.frames, burst.owners
+        lock_mac = self.lock_mac
+        for chain in chains:
+            pieces = chain.readable
+            if chain.writable or not pieces:
+                burst.misfit(queue, chain)
+                continue
+            first = pieces[0]
+            # The header is copied before it is looked at: what is checked is what is used.
+            if len(first) > NET_HDR_SIZE:
+                header = bytes(first[:NET_HDR_SIZE])
+                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
+            elif len(first) == NET_HDR_SIZE:
+                header = bytes(first)
+                frame = [header, *pieces[1:]]
+            else:  # the header may lie over descriptors in any way (virtio 1.3, 2.7.4.1)
+                header = copy_range(pieces, 0, NET_HDR_SIZE)
+                if len(header) < NET_HDR_SIZE:
+                    burst.misfit(queue, chain)
+                    continue
+                frame = [header, *cut(pieces, NET_HDR_SIZE)]
+            if lock_mac and not self._lock_source(frame):
+                self._drop_sent(burst, chain, "source address")
+            elif header.startswith(_NOTHING_UNDONE):
+                frame[0] = PLAIN_HEADER
+                frames.append(frame)
+                owners.append(chain)
+            else:
+                self._take_undone(burst, chain, frame)
+        return burst
+
+    def _take_undone(self, burst: _Burst, chain: Chain, frame: Frame) -> None:
+        """Checks a frame that leaves work undone, and does the part that the link does not do."""
+        try:
+            checked = check_frame(frame, sum(map(len, frame[1:])), self._host_offloads)
+            finished = finish(checked, self.link.accepts)
+        except HeaderLie as lie:
+            self._drop_sent(burst, chain, lie.reason)
+            return
+        burst.frames += finished
+        burst.owners += [None] * (len(finished) - 1)
+        burst.owners.append(chain)
+
+    def _lock_source(self, frame: Frame) -> bool:
+        """Whether the frame comes from our own address; its Ethernet header becomes private."""
+        start = copy_range(frame[1:], 0, _ETHERNET)
+        frame[1:] = [start, *cut(frame[1:], len(start))]
+        return start[6:12] == self.mac
+
+    def _drop_sent(self, burst: _Burst, chain: Chain, reason: str) -> None:
+        self.stats["tx_dropped: " + reason] += 1
+        burst.dropped.append(chain)
+
+    def _send(self, queue: Queue, frames: Sequence[Frame], owners: Sequence[Chain | None]) -> bool:
+        """Gives frames to the link, and the chains of those it took back to the guest.
+
+        What the link has no room for is kept for later; then the answer is False.
+        """
+        if not frames or queue.ring is None:
+            return True
+        sent = self._write(self._port_index(queue), frames)
+        done = owners if sent == len(owners) else owners[:sent]
+        queue.ring.write_used_burst([chain for chain in done if chain is not None])
+        self.stats["tx_frames"] += sent
+        self.stats["tx_bytes"] += sum(map(_length, frames[:sent])) - NET_HDR_SIZE * sent
+        if sent == len(frames):
+            return True
+        self._backlogs[queue.index].extend(zip(frames[sent:], owners[sent:], strict=True))
+        self._want_writable(queue, True)
+        return False
+
+    def _send_backlog(self, queue: Queue) -> bool:
+        """Tries again what the link had no room for; whether it took all of it."""
+        backlog = self._backlogs[queue.index]
+        frames = [frame for frame, _ in backlog]
+        owners = [chain for _, chain in backlog]
+        backlog.clear()
+        all_sent = self._send(queue, frames, owners)
+        if all_sent:
+            self._want_writable(queue, False)
+        self.publish(queue)
+        return all_sent
+
+    def _write(self, port_index: int, frames: Sequence[Frame]) -> int:
+        if port_index not in self._broken:
+            try:
+                return self.link.ports[port_index].write_burst(frames)
+            except OSError as error:
+                self._port_broke(port_index, error)
+        self.stats["tx_dropped: link gone"] += len(frames)
+        return len(frames)
+
+    # --- towards the guest ------------------------------------------------------------------------
+
+    def _receive(self, queue: Queue) -> bool:
+        ring = queue.ring
+        window = self._windows.get(queue.index)
+        if ring is None or window is None:
+            return False
+        more = False
+        ring.disable_kicks()
+        try:
+            window.retry()
+            if self._port_feeds(queue):
+                more = self._read_bursts(queue, window)
+        finally:
+            if window.flush():
+                self.publish(queue)
+        if window.starved:
+            if ring.enable_kicks():
+                return True
+            self._want_readable(queue, False)
+        else:
+            self._want_readable(queue, True)
+        return more
+
+    def _read_bursts(self, queue: Queue, window: ReceiveWindow) -> bool:
+        """Moves waiting frames into the window; whether there may be more of them."""
+        index = self._port_index(queue)
+        if index in self._broken:
+            return False
+        port = self.link.ports[index]
+        try:
+            for _ in range(BURSTS_PER_TURN):
+                moved = port.read_burst(window, BURST)
+                if window.flush():
+                    self.publish(queue)
+                if moved < BURST:
+                    return False
+        except OSError as error:
+            self._port_broke(index, error)
+            return False
+        return True
+
+    def _port_feeds(self, queue: Queue) -> bool:
+        """Whether frames of a port go to this receive queue.
+
+        Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6). Where the transport
+        keeps the control queue to itself, it enables the queues of active pairs and no others.
+        """
+        pair = queue.index // 2
+        hidden = self._control_index is not None and not self.queues[self._control_index].enabled
+        return pair < len(self.link.ports) and (pair < self._active_pairs or hidden)
+
+    def inject(self, frame: bytes, *, pair: int = 0) -> bool:
+        """Gives the guest a frame of the host's own making; False when it has no receive queue."""
+        queue = self.queues[2 * pair]
+        window = self._windows.get(queue.index)
+        if window is None or not self.ready(queue):
+            return False
+        window.deliver([PLAIN_HEADER, frame])
+        self.notify(queue.index)
+        return True
+
+    def _configure_receiving(self) -> None:
+        """Tells the windows and the link what the guest takes now."""
+        takes = Offload.NONE if self.complete_checksums else self._guest_offloads
+        wants: Callable[[bytes], bool] | None = self.filter.wants
+        if self.lock_mac:
+            wants = self._wants_locked
+        elif self.filter.promiscuous:
+            wants = None
+        mtu = self._config.mtu if self.has_feature(NetFeature.MTU) else None
+        for window in self._windows.values():
+            window.configure(
+                takes=takes,
+                wants=wants,
+                private=self.lock_mac,
+                largest_plain=None if mtu is None else mtu + _ETHERNET_AND_VLANS,
+            )
+        self.link.request_offloads(takes)
+
+    def _wants_locked(self, start: bytes) -> bool:
+        """Frames for this guest, whatever mode it sets: others' are not for its eyes."""
+        ours = start[:6] == self.mac or bool(start[:1] and start[0] & 1)
+        return ours and self.filter.wants(start)
+
+    # --- ports ------------------------------------------------------------------------------------
+
+    def _port_index(self, queue: Queue) -> int:
+        return queue.index // 2 % len(self.link.ports)
+
+    def _watch_port(self, index: int, port: Port) -> Watch | None:
+        def readable() -> None:
+            if 2 * index < len(self.queues) - 1:
+                self.notify(2 * index)
+
+        def writable() -> None:
+            for queue_index in list(self._backlogs):
+                if self._port_index(self.queues[queue_index]) == index:
+                    self.notify(queue_index)
+
+        fd = port.fileno()
+        if fd is not None:
+            return Watch(fd, readable=readable, writable=writable)
+        port.on_readable = readable
+        port.on_writable = writable
+        return None
+
+    def _want_readable(self, queue: Queue, reading: bool) -> None:
+        if queue.index // 2 < len(self._port_watches):
+            watch = self._port_watches[queue.index // 2]
+            if watch is not None:
+                watch.want(reading=reading and self._port_feeds(queue))
+
+    def _want_writable(self, queue: Queue, writing: bool) -> None:
+        watch = self._port_watches[self._port_index(queue)]
+        if watch is not None:
+            watch.want(writing=writing)
+
+    def _port_broke(self, index: int, error: OSError) -> None:
+        log.error("%s: the link broke: %s", self.link.name, error)
+        self._broken.add(index)
+        watch = self._port_watches[index]
+        if watch is not None:
+            watch.want(reading=False, writing=False)
+        self.set_link_up(False)
+
+    # --- the control queue (virtio 1.3, 5.1.6.5) --------------------------------------------------
+
+    def _control(self, queue: Queue) -> bool:
+        ring = queue.ring
+        if ring is None:
+            return False
+        chains = ring.pop_burst(BURST)
+        for chain in chains:
+            if not chain.writable:
+                chain.written = 0
+                ring.push_burst([chain])
+                raise DriverError(
+                    "a control command without room for its ack",
+                    queue=queue.name,
+                    head=chain.head,
+                    section="5.1.6.5",
+                )
+            done = self._command(copy_range(chain.readable, 0, MAX_CONTROL + 1))
+            chain.writable[0][0] = CTRL_OK if done else CTRL_ERR
+            chain.written = 1
+            ring.write_used(chain)
+            self.stats["control_commands" if done else "control_refused"] += 1
+        self.publish(queue)
+        return bool(chains) or ring.enable_kicks()
+
+    def _command(self, data: bytes) -> bool:
+        """Carries out one command; False refuses it."""
+        if not 2 <= len(data) <= MAX_CONTROL:
+            return False
+        kind, command, payload = data[0], data[1], data[2:]
+        commands: dict[int, Callable[[int, bytes], bool]] = {
+            CtrlClass.RX: self._set_receive_mode,
+            CtrlClass.MAC: self._set_addresses,
+            CtrlClass.VLAN: self._set_vlan,
+            CtrlClass.ANNOUNCE: self._acknowledge_announce,
+            CtrlClass.MQ: self._set_pairs,
+            CtrlClass.GUEST_OFFLOADS: self._set_guest_offloads,
+        }
+        carry_out = commands.get(kind)
+        if carry_out is None or not carry_out(command, payload):
+            return False
+        self._configure_receiving()
+        return True
+
+    def _set_receive_mode(self, command: int, payload: bytes) -> bool:
+        basic = command in (CtrlRx.PROMISC, CtrlRx.ALLMULTI)
+        needed = NetFeature.CTRL_RX if basic else NetFeature.CTRL_RX_EXTRA
+        if not self.has_feature(needed) or len(payload) != 1:
+            return False
+        return self.filter.set_mode(command, bool(payload[0]))
+
+    def _set_addresses(self, command: int, payload: bytes) -> bool:
+        if command == CtrlMac.ADDR_SET:
+            return self._set_address(payload)
+        if command != CtrlMac.TABLE_SET or not self.has_feature(NetFeature.CTRL_RX):
+            return False
+        tables: list[list[bytes]] = []
+        for _ in range(2):
+            if len(payload) < 4:
+                return False
+            end = 4 + 6 * int.from_bytes(payload[:4], "little")
+            if len(payload) < end:
+                return False
+            tables.append([payload[start : start + 6] for start in range(4, end, 6)])
+            payload = payload[end:]
+        if payload:
+            return False
+        self.filter.set_tables(*tables)
+        return True
+
+    def _set_address(self, mac: bytes) -> bool:
+        allowed = self.has_feature(NetFeature.CTRL_MAC_ADDR) and not self.lock_mac
+        if not allowed or len(mac) != 6 or mac[0] & 1:
+            return False
+        self.filter.mac = mac
+        self.update_config(mac=(ctypes.c_uint8 * 6)(*mac))
+        return True
+
+    def _set_vlan(self, command: int, payload: bytes) -> bool:
+        vlans = self.filter.vlans
+        if vlans is None or len(payload) != 2:
+            return False
+        vlan = int.from_bytes(payload, "little")
+        if vlan > 0xFFF:
+            return False
+        if command == CtrlVlan.ADD:
+            vlans.add(vlan)
+        elif command == CtrlVlan.DEL:
+            vlans.discard(vlan)
+        else:
+            return False
+        return True
+
+    def _acknowledge_announce(self, command: int, payload: bytes) -> bool:
+        if command != CtrlAnnounce.ACK or not self.has_feature(NetFeature.GUEST_ANNOUNCE):
+            return False
+        self.update_config(status=self.config_status & ~NetStatus.ANNOUNCE)
+        return True
+
+    def _set_pairs(self, command: int, payload: bytes) -> bool:
+        if command != CtrlMq.VQ_PAIRS_SET or not self.has_feature(NetFeature.MQ):
+            return False
+        pairs = int.from_bytes(payload, "little")
+        if len(payload) != 2 or not 1 <= pairs <= self._max_pairs:
+            return False
+        self._active_pairs = pairs
+        self.link.activate_ports(min(pairs, len(self.link.ports)))
+        for pair in range(pairs):
+            self._interrupted.append(2 * pair)  # look for frames once this command is done
+        return True
+
+    def _set_guest_offloads(self, command: int, payload: bytes) -> bool:
+        negotiated = self.has_feature(NetFeature.CTRL_GUEST_OFFLOADS)
+        if command != CtrlGuestOffloads.SET or not negotiated or len(payload) != 8:
+            return False
+        wanted = int.from_bytes(payload, "little")
+        if wanted & ~(self.driver_features & OFFLOAD_FEATURES):
+            return False
+        self._guest_offloads = guest_offloads(wanted)
+        return True
+
+
+class _Burst:
+    """A burst of chains turned into frames."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.owners: list[Chain | None] = []
+        """For each frame the chain that is done with it: None for all but the last segment."""
+        self.dropped: list[Chain] = []
+        self.fault: DriverError | None = None
+
+    def misfit(self, queue: Queue, chain: Chain) -> None:
+        """A chain that is no frame: it goes back, and the device will need a reset."""
+        self.dropped.append(chain)
+        self.fault = DriverError(
+            "a writable buffer in a transmit queue"
+            if chain.writable
+            else f"a frame of {chain.readable_size} bytes, without a whole net header",
+            queue=queue.name,
+            head=chain.head,
+            section="5.1.6.2",
+        )
+
+
+def _length(frame: Frame) -> int:
+    return sum(map(len, frame))

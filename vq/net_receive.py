@@ -1,0 +1,323 @@
+"""Where received frames go: a window of a guest's receive buffers (virtio 1.3, 5.1.6.3, 5.1.6.4).
+
+`ReceiveWindow` is the `Room` that a net device lends to its link. Frames are read straight into the
+guest's buffers. What must not or cannot go there directly takes the way through private memory: all
+frames when a locked MAC decides over them, a frame that leaves undone what the guest does not take,
+and the part of a frame that is longer than the buffers gathered for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
+from vq.errors import DriverError
+from vq.link import MAX_FRAME, Frame, scatter
+from vq.offload import Offload
+from vq.packet import copy_range, cut
+from vq.software import HeaderLie, finish
+from vq.split_ring import Chain, SplitRing
+
+__all__ = ["ReceiveWindow"]
+
+_REFILL = 64
+_START = 16
+"""Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
+_ONE_BUFFER = (1).to_bytes(2, "little")
+
+
+class ReceiveWindow:
+    """A receive queue's buffers that were popped and are not used yet, oldest first.
+
+    A frame that needs more room than the guest has made available waits in private memory, and the
+    link is lent no room until it found its place: nothing that was read gets lost, and no more
+    than one frame's worth of memory is held.
+
+    `stats` counts ``rx_frames``, ``rx_bytes`` and, as ``rx_dropped: reason``, what was dropped.
+    """
+
+    def __init__(self, ring: SplitRing, *, mergeable: bool, stats: Counter[str]) -> None:
+        self.takes = Offload.NONE
+        self.wants: Callable[[bytes], bool] | None = None
+        """Asked with the first 16 bytes of each frame, unless it is None."""
+        self.private = False
+        """Whether no frame may touch the guest's memory before `wants` has agreed to it."""
+        self.largest_plain: int | None = None
+        """The longest frame in bytes that may come without segmentation left undone."""
+        self.starved = False
+        """Whether the link was told that there is no room; for the device to set back."""
+        self._ring = ring
+        self._mergeable = mergeable
+        self._stats = stats
+        self._chains: deque[Chain] = deque()
+        self._finished: list[Chain] = []
+        self._pending: deque[Frame] = deque()
+        self._spill = memoryview(bytearray(MAX_FRAME))
+        self._views: list[memoryview] = []  # lent for the next frame, the spill last
+        self._first_room = 0  # bytes of the frame that the first buffer takes
+        self._gathered = 1  # buffers that the views lie in
+        self._room = 0  # bytes of the frame that these take
+        self._expected = 0  # length of the last frame: the next may well be as long
+        self._as_is = frozenset((b"\0\0",))
+
+    def configure(
+        self,
+        *,
+        takes: Offload,
+        wants: Callable[[bytes], bool] | None,
+        private: bool,
+        largest_plain: int | None,
+    ) -> None:
+        """Sets what the guest takes undone, the filter, and whether frames stay private first."""
+        self.takes = takes
+        self.wants = wants
+        self.private = private
+        self.largest_plain = largest_plain
+        self._as_is = _headers_taken_as_they_are(takes)
+
+    # --- Room ---------------------------------------------------------------------------------
+
+    def views(self) -> Sequence[memoryview]:
+        """Room for the largest frame; empty while there is none. See `vq.link.Room`."""
+        if (self._pending and not self._place_pending()) or (
+            not self._chains and not self._refill()
+        ):
+            self.starved = True
+            return ()
+        if self.private:
+            self._views = [self._spill]
+            return self._views
+        chain = self._chains[0]
+        buffers = chain.writable
+        if buffers and len(buffers[0]) > NET_HDR_SIZE:
+            views = [buffers[0][NET_HDR_SIZE:], *buffers[1:]]
+        else:
+            views = cut(buffers, NET_HDR_SIZE)  # the header may lie over descriptors in any way
+            if chain.writable_size < NET_HDR_SIZE:
+                raise self._too_small(chain)
+        room = len(views[0]) if len(views) == 1 else sum(map(len, views))
+        self._first_room = room
+        self._gathered = 1
+        if self._mergeable and room < self._expected:
+            room = self._gather(views, room)
+        self._room = room
+        views.append(self._spill)
+        self._views = views
+        return views
+
+    def commit(self, header: bytes, length: int) -> None:
+        """A frame stands in the views. See `vq.link.Room`."""
+        views = self._views
+        if self.wants is not None:
+            start = min(length, _START)
+            first = views[0]
+            if not self.wants(
+                bytes(first[:start]) if len(first) >= start else copy_range(views, 0, start)
+            ):
+                self._drop("filtered")
+                return
+        if self.largest_plain is not None and length > self.largest_plain and not header[1]:
+            self._drop("longer than the mtu")
+            return
+        if self.private or header[:2] not in self._as_is:
+            self.deliver([header, copy_range(views, 0, length)])
+            return
+        self._expected = length
+        if length <= self._first_room:
+            chain = self._chains.popleft()
+            chain.written = NET_HDR_SIZE + length
+            _write_header(chain, header, _ONE_BUFFER)
+            self._finished.append(chain)
+            self._count(length)
+        else:
+            self._commit_over_buffers(header, length)
+
+    # --- for the device -----------------------------------------------------------------------
+
+    def deliver(self, frame: Frame) -> None:
+        """Takes a private frame for the guest, and does what the guest does not take undone.
+
+        It has passed the filters, or is the host's own. It is placed as soon as there is room.
+        """
+        try:
+            self._pending.extend(finish(frame, self.takes))
+        except HeaderLie as lie:
+            self._drop(lie.reason)
+        self._place_pending()
+
+    def flush(self) -> bool:
+        """Writes the used elements of the buffers that were filled; whether there were any."""
+        if not self._finished:
+            return False
+        finished, self._finished = self._finished, []
+        self._ring.write_used_burst(finished)
+        return True
+
+    def retry(self) -> None:
+        """The guest made buffers available: places what waits for them."""
+        self.starved = bool(self._pending) and not self._place_pending()
+
+    def put_back(self) -> None:
+        """Gives the unused buffers back to the ring, for whoever works on it later."""
+        self._ring.undo_pop(list(self._chains))
+        self._chains.clear()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _refill(self) -> bool:
+        chains = self._ring.pop_burst(_REFILL)
+        for chain in chains:
+            if chain.readable:
+                raise self._misfit(chains, chain)
+        self._chains.extend(chains)
+        return bool(chains)
+
+    def _misfit(self, chains: list[Chain], misfit: Chain) -> DriverError:
+        """A chain with readable buffers is given back empty; the others stay."""
+        for chain in chains:
+            (self._finished if chain is misfit else self._chains).append(chain)
+        return DriverError(
+            "a readable buffer in a receive queue",
+            queue=self._ring.name,
+            head=misfit.head,
+            section="5.1.6.3",
+        )
+
+    def _too_small(self, chain: Chain) -> DriverError:
+        self._finished.append(self._chains.popleft())
+        return DriverError(
+            f"a receive buffer of {chain.writable_size} bytes has no room for the header",
+            queue=self._ring.name,
+            head=chain.head,
+            section="5.1.6.3.1",
+        )
+
+    def _gather(self, views: list[memoryview], room: int) -> int:
+        """Adds following buffers to `views` until the expected length fits; returns the room."""
+        expected = self._expected
+        gathered = 1
+        while room < expected:
+            if gathered == len(self._chains) and not self._refill():
+                break
+            for chain in islice(self._chains, gathered, None):
+                buffers = chain.writable
+                views += buffers
+                room += len(buffers[0]) if len(buffers) == 1 else chain.writable_size
+                gathered += 1
+                if room >= expected:
+                    break
+        self._gathered = gathered
+        return room
+
+    def _commit_over_buffers(self, header: bytes, length: int) -> None:
+        """A frame that is longer than the first buffer."""
+        if not self._mergeable:
+            self._drop("longer than the receive buffer")
+            return
+        if length > self._room:
+            # What is beyond the gathered buffers stands in the spill: it is copied into more.
+            spilled = length - self._room
+            capacity = 0
+            count = self._gathered
+            while capacity < spilled:
+                if count == len(self._chains) and not self._refill():
+                    self.deliver([header, copy_range(self._views, 0, length)])
+                    return
+                capacity += self._chains[count].writable_size
+                count += 1
+            more = [
+                view
+                for chain in islice(self._chains, self._gathered, count)
+                for view in chain.writable
+            ]
+            scatter((self._spill[:spilled],), more)
+        self._use(header, length)
+
+    def _use(self, header: bytes, length: int) -> None:
+        """Marks the first buffers as used by one frame that stands in them already."""
+        left = NET_HDR_SIZE + length
+        used: list[Chain] = []
+        while left > 0:
+            chain = self._chains.popleft()
+            chain.written = min(left, chain.writable_size)  # all but the last are full (5.1.6.4.1)
+            left -= chain.written
+            used.append(chain)
+        _write_header(used[0], header, len(used).to_bytes(2, "little"))
+        self._finished += used
+        self._count(length)
+
+    def _place_pending(self) -> bool:
+        """Copies waiting frames into the guest's buffers; whether none waits any more."""
+        pending = self._pending
+        while pending:
+            if not self._place(pending[0]):
+                return False
+            pending.popleft()
+        return True
+
+    def _place(self, frame: Frame) -> bool:
+        """Copies one private frame into buffers, or drops it if it can never fit."""
+        pieces = frame[1:]
+        length = sum(map(len, pieces))
+        capacity = 0
+        count = 0
+        while capacity < NET_HDR_SIZE + length:
+            if count == len(self._chains) and not self._refill():
+                if self._holds_whole_queue():
+                    self._drop("longer than all receive buffers")
+                    return True
+                return False
+            chain = self._chains[count]
+            capacity += chain.writable_size
+            if not count and capacity < NET_HDR_SIZE:
+                raise self._too_small(chain)
+            count += 1
+            if not self._mergeable:
+                break
+        if capacity < NET_HDR_SIZE + length:
+            self._drop("longer than the receive buffer")
+            return True
+        views = [view for chain in islice(self._chains, count) for view in chain.writable]
+        scatter((bytes(NET_HDR_SIZE), *pieces), views)
+        self._use(bytes(frame[0]), length)
+        return True
+
+    def _holds_whole_queue(self) -> bool:
+        """Whether the driver has no descriptor left to make more room with, so waiting is vain."""
+        return sum(len(chain.writable) for chain in self._chains) >= self._ring.size
+
+    def _count(self, length: int) -> None:
+        self._stats["rx_frames"] += 1
+        self._stats["rx_bytes"] += length
+
+    def _drop(self, reason: str) -> None:
+        self._stats["rx_dropped: " + reason] += 1
+
+
+def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:
+    """The flags and gso_type bytes of net headers that a guest with these offloads may get."""
+    needs_csum, data_valid = int(HdrFlag.NEEDS_CSUM), int(HdrFlag.DATA_VALID)
+    pairs = {(0, int(HdrGso.NONE))}
+    if takes & Offload.CSUM:
+        pairs |= {(needs_csum, int(HdrGso.NONE)), (data_valid, int(HdrGso.NONE))}
+        for offload, gso in (
+            (Offload.TSO4, HdrGso.TCPV4),
+            (Offload.TSO6, HdrGso.TCPV6),
+            (Offload.USO4 | Offload.USO6, HdrGso.UDP_L4),  # with one alone, look closer
+        ):
+            if takes & offload == offload:
+                pairs.add((needs_csum, int(gso)))
+                if takes & Offload.ECN and gso is not HdrGso.UDP_L4:
+                    pairs.add((needs_csum, int(gso) | NET_HDR_GSO_ECN))
+    return frozenset(map(bytes, pairs))
+
+
+def _write_header(chain: Chain, header: bytes, num_buffers: bytes) -> None:
+    """Puts the net header where a buffer starts; num_buffers is the device's to say (5.1.6.4)."""
+    first = chain.writable[0]
+    if len(first) >= NET_HDR_SIZE:
+        first[:NET_HDR_SIZE] = header[:10] + num_buffers
+    else:
+        scatter((header[:10] + num_buffers,), chain.writable)

@@ -1,0 +1,577 @@
+"""The device's side of a split virtqueue (virtio 1.3, 2.7).
+
+`SplitRing` takes chains of buffers that the driver made available and gives them back used. It
+trusts nothing that stands in guest memory: its own positions never come back from there, every
+descriptor is read once and used from that copy, and what breaks a rule is named by a `DriverError`.
+A bad chain is always consumed, so the next call goes on behind it.
+
+Completion comes in separate steps, so that one frame may take several buffers and one notification
+may stand for a burst::
+
+    for chain in ring.pop_burst(64):
+        chain.written = fill(chain.writable)
+        ring.write_used(chain)
+    ring.publish()
+    if ring.should_notify():
+        call()
+
+Not here: what the buffers mean (the device model), and how kicks and calls travel (the transport).
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from vq.abi import (
+    AVAIL_ALIGN,
+    AVAIL_F_NO_INTERRUPT,
+    DESC_ALIGN,
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    USED_ALIGN,
+    USED_F_NO_NOTIFY,
+    Feature,
+    needs_event,
+    ring_layout,
+)
+from vq.errors import AddressError, DriverError, UsageError
+from vq.memory import GuestMemory, fence, order_loads, order_stores
+
+__all__ = ["Chain", "InflightLog", "SplitRing"]
+
+_DESCRIPTOR = struct.Struct("<QIHH")
+_BIG_ENDIAN = sys.byteorder == "big"
+_MAX_CHAIN_BYTES = 1 << 32
+_LINKED = DESC_F_NEXT | DESC_F_INDIRECT
+_NO_VIEWS: tuple[memoryview, ...] = ()
+
+
+class Chain:
+    """A chain of buffers that the driver made available, from `pop` until it is given back.
+
+    `readable` are views of the device-readable buffers and `writable` of the device-writable ones,
+    in the driver's order; empty buffers are left out. They lie in guest memory, which the guest
+    may change at any time. `written` is what the device sets before it gives the chain back: how
+    many bytes it wrote, counted from the start of the first writable buffer.
+    """
+
+    __slots__ = ("head", "readable", "writable", "written")
+
+    head: int
+    readable: Sequence[memoryview]
+    writable: Sequence[memoryview]
+    written: int
+
+    def __init__(
+        self, head: int, readable: Sequence[memoryview], writable: Sequence[memoryview]
+    ) -> None:
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+        self.written = 0
+
+    @property
+    def readable_size(self) -> int:
+        """The sum of the readable buffers' lengths in bytes."""
+        return sum(map(len, self.readable))
+
+    @property
+    def writable_size(self) -> int:
+        """The sum of the writable buffers' lengths in bytes."""
+        return sum(map(len, self.writable))
+
+    def __repr__(self) -> str:
+        return (
+            f"Chain(head={self.head}, readable={[len(v) for v in self.readable]},"
+            f" writable={[len(v) for v in self.writable]})"
+        )
+
+
+class InflightLog(Protocol):
+    """Who keeps note of the chains between `pop` and `publish`, to survive the device's death.
+
+    The vhost-user transport keeps such a log in memory that the frontend holds. Calls come in the
+    order of the steps that they describe.
+    """
+
+    def popped(self, heads: Iterable[int]) -> None:
+        """The device has these chains now."""
+
+    def unpopped(self, heads: Iterable[int]) -> None:
+        """The device never had them."""
+
+    def publishing(self, heads: Sequence[int], used_idx: int) -> None:
+        """The used elements of these chains are written; `used_idx` will be stored next."""
+
+    def published(self, heads: Sequence[int], used_idx: int) -> None:
+        """`used_idx` is stored: the chains are the driver's again."""
+
+
+class SplitRing:
+    """One split virtqueue, seen from the device.
+
+    `size` is a power of two up to 32768; `desc`, `avail` and `used` are the guest-physical
+    addresses of the three parts, `features` the negotiated set (INDIRECT_DESC, EVENT_IDX and
+    IN_ORDER matter here). `next_avail` and `next_used` are the 16-bit positions to go on from, and
+    `resubmit` the heads of chains that an earlier device took and never gave back.
+
+    Raises `DriverError` when the parts are misaligned or not in the guest's RAM: the driver chose
+    them (virtio 1.3, 2.7).
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        features: int = 0,
+        next_avail: int = 0,
+        next_used: int = 0,
+        resubmit: Iterable[int] = (),
+        inflight_log: InflightLog | None = None,
+        name: str = "queue",
+    ) -> None:
+        try:
+            layout = ring_layout(size)
+        except ValueError as error:
+            raise DriverError(str(error), queue=name, section="2.7") from None
+        self.name = name
+        self.size = size
+        self.memory = memory
+        self._table = self._part("descriptor table", desc, layout.desc_bytes, DESC_ALIGN)
+        self._avail = self._part("available ring", avail, layout.avail_bytes, AVAIL_ALIGN)
+        self._used = self._part("used ring", used, layout.used_bytes, USED_ALIGN)
+        self._region = memory.region_at(desc)  # where the last buffer was found
+        # An index is loaded and stored by one aligned 16-bit access: these views do that.
+        self._avail_words = self._avail.cast("H")
+        self._used_words = self._used.cast("H")
+        self._used_gpa = used
+        self._used_event = layout.used_event // 2
+        self._avail_event = layout.avail_event // 2
+
+        self._indirect = bool(features >> Feature.INDIRECT_DESC & 1)
+        self._event_idx = bool(features >> Feature.EVENT_IDX & 1)
+        self._in_order = bool(features >> Feature.IN_ORDER & 1)
+
+        self._next_avail = next_avail & 0xFFFF
+        self._next_used = next_used & 0xFFFF  # where the next used element goes
+        self._unpublished: list[Chain] = []
+        self._signalled = self._next_used  # used.idx when should_notify() was last asked
+        self._first_call = True
+        self._outstanding: list[Chain | None] = [None] * size  # by head
+        self._undone: deque[Chain] = deque()
+        self._resubmit = deque(resubmit)
+        self._resubmitted: set[int] = set()  # heads of those of them not given back yet
+        self._order: deque[Chain] = deque()  # IN_ORDER: popped chains, oldest first
+        self._completed: set[int] = set()  # IN_ORDER: heads that wait for an older chain
+        self._inflight_log = inflight_log
+
+    def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
+        if gpa % align:
+            raise DriverError(
+                f"the {what} at {gpa:#x} is not aligned to {align} bytes",
+                queue=self.name,
+                section="2.7",
+            )
+        try:
+            return self.memory.view(gpa, length)
+        except AddressError as error:
+            raise DriverError(
+                f"the {what} is not in the guest's memory: {error}", queue=self.name, section="2.7"
+            ) from None
+
+    # --- taking chains -----------------------------------------------------------------------
+
+    @property
+    def next_avail(self) -> int:
+        """The 16-bit position in the available ring from which a later device would go on."""
+        undone = sum(1 for chain in self._undone if chain.head not in self._resubmitted)
+        return (self._next_avail - undone) & 0xFFFF
+
+    @property
+    def next_used(self) -> int:
+        """The 16-bit position of the next used element."""
+        return self._next_used
+
+    @property
+    def outstanding(self) -> int:
+        """How many chains are popped and not given back yet."""
+        return sum(1 for chain in self._outstanding if chain is not None) - len(self._undone)
+
+    def available(self) -> int:
+        """How many chains wait to be popped. Raises `DriverError` when the index is impossible."""
+        return len(self._undone) + len(self._resubmit) + self._waiting()
+
+    def pop(self) -> Chain | None:
+        """The next chain, or None when there is none. Raises `DriverError` for a bad one."""
+        chains = self.pop_burst(1)
+        return chains[0] if chains else None
+
+    def pop_burst(self, limit: int) -> list[Chain]:
+        """Up to `limit` chains that the driver made available, in its order.
+
+        Raises `DriverError` when the next chain breaks a rule. That chain is consumed: its
+        descriptors go back to the driver as used, with nothing written, at the next `publish`.
+        When good chains stand before it, those are returned first and the next call raises.
+        """
+        if self._undone or self._resubmit:
+            return self._pop_again(limit)
+        count = self._waiting()
+        if not count:
+            return []
+        if count > limit:
+            count = limit
+        order_loads()  # the entries are read after the index that covers them (2.7.13.3)
+        chains = self._read_chains(self._read_heads(count))
+        self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
+        self._note_popped(chains)
+        return chains
+
+    def undo_pop(self, chains: Sequence[Chain]) -> None:
+        """Puts chains back: the next pop gives them again, in this order and as they were read.
+
+        They must be the chains popped last; that is what makes `next_avail` a place to go on from.
+        Raises `UsageError` when one of them is not outstanding.
+        """
+        for chain in chains:
+            if self._outstanding[chain.head] is not chain:
+                raise UsageError(f"{self.name}: {chain!r} is not outstanding")
+        self._undone.extendleft(reversed(chains))
+        if self._inflight_log is not None:
+            self._inflight_log.unpopped(
+                [chain.head for chain in chains if chain.head not in self._resubmitted]
+            )
+
+    def _pop_again(self, limit: int) -> list[Chain]:
+        """Gives chains popped before: put back here, or left over by an earlier device."""
+        if self._undone:
+            chains = [self._undone.popleft() for _ in range(min(limit, len(self._undone)))]
+            for chain in chains:
+                chain.written = 0
+            if self._inflight_log is not None:
+                self._inflight_log.popped([chain.head for chain in chains])
+            return chains
+        head = self._resubmit.popleft()
+        self._resubmitted.add(head)
+        chains = self._read_chains([head], resubmitted=True)
+        self._note_popped(chains)
+        return chains
+
+    def _note_popped(self, chains: list[Chain]) -> None:
+        if self._in_order:
+            self._order.extend(chains)
+        if self._inflight_log is not None:
+            self._inflight_log.popped([chain.head for chain in chains])
+
+    def _waiting(self) -> int:
+        index = self._avail_words[1]
+        if _BIG_ENDIAN:
+            index = _swap16(index)
+        count = (index - self._next_avail) & 0xFFFF
+        if count > self.size:
+            # No telling which entries are meant: none is taken, and what comes next is.
+            self._next_avail = index
+            raise DriverError(
+                f"the available index went {count} entries ahead of the device in a queue"
+                f" of {self.size}",
+                queue=self.name,
+                section="2.7.13.3",
+            )
+        return count
+
+    def _read_heads(self, count: int) -> tuple[int, ...]:
+        slot = self._next_avail & (self.size - 1)
+        first = min(count, self.size - slot)
+        heads = struct.unpack_from(f"<{first}H", self._avail, 4 + 2 * slot)
+        if first < count:
+            heads += struct.unpack_from(f"<{count - first}H", self._avail, 4)
+        return heads
+
+    def _read_chains(self, heads: Iterable[int], *, resubmitted: bool = False) -> list[Chain]:
+        """The chains at `heads`, up to the first bad one.
+
+        A chain of one descriptor in the region of the chain before it is the usual case of a
+        busy queue; it is dealt with here, in line, and everything else by `_walk`.
+        """
+        chains: list[Chain] = []
+        append = chains.append
+        table = self._table
+        unpack = _DESCRIPTOR.unpack_from
+        outstanding = self._outstanding
+        size = self.size
+        region = self._region
+        base, limit, view = region.gpa, region.size, region.view
+        try:
+            for head in heads:
+                if head >= size:
+                    raise self._bad("a head beyond the descriptor table", head, "2.7.6")
+                if outstanding[head] is not None:
+                    raise self._bad("made available again while in use", head, "2.7.13")
+                addr, length, flags, _ = descriptor = unpack(table, head << 4)
+                offset = addr - base
+                if not flags & _LINKED and length and 0 <= offset <= limit - length:
+                    piece = (view[offset : offset + length],)
+                    if flags & DESC_F_WRITE:
+                        chain = Chain(head, _NO_VIEWS, piece)
+                    else:
+                        chain = Chain(head, piece, _NO_VIEWS)
+                else:
+                    chain = self._walk(head, descriptor)
+                    if not flags & _LINKED and length:  # this and the next may be in the same one
+                        self._region = region = self.memory.region_at(addr)
+                        base, limit, view = region.gpa, region.size, region.view
+                outstanding[head] = chain
+                append(chain)
+        except DriverError as error:
+            if not chains:
+                self._consume(error.head, resubmitted)
+                raise
+        return chains
+
+    def _consume(self, head: int | None, resubmitted: bool) -> None:
+        """Takes a bad chain out of the way; its head goes back where that is possible."""
+        if not resubmitted:
+            self._next_avail = (self._next_avail + 1) & 0xFFFF
+        if head is None or head >= self.size or self._outstanding[head] is not None:
+            return
+        chain = Chain(head, _NO_VIEWS, _NO_VIEWS)
+        self._outstanding[head] = chain
+        self._note_popped([chain])
+        self.write_used(chain)
+
+    def _walk(self, head: int, descriptor: tuple[int, int, int, int]) -> Chain:
+        """Follows the chain that starts with `descriptor`, the one at `head`, to its end.
+
+        `table` is where the next descriptor is: the ring's own table, then perhaps an indirect one.
+        """
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        table: memoryview | bytes = self._table
+        entries = self.size
+        index, walked, total = head, 0, 0
+        indirect = False
+        while True:
+            addr, length, flags, following = descriptor
+            if flags & DESC_F_INDIRECT:
+                table = self._indirect_table(head, addr, length, flags, nested=indirect)
+                entries, index, indirect = length // 16, 0, True
+                descriptor = _DESCRIPTOR.unpack_from(table, 0)
+                continue
+            walked += 1
+            if walked > self.size:
+                raise self._bad(
+                    f"a chain of more than {self.size} descriptors, or one that loops",
+                    head,
+                    "2.7.5.3.1" if indirect else "2.7.5.2",
+                )
+            total += length
+            if total > _MAX_CHAIN_BYTES:
+                raise self._bad("a chain of more than 2^32 bytes", head, "2.7.5.2")
+            if flags & DESC_F_WRITE:
+                pieces = writable
+            elif writable:
+                raise self._bad("a readable buffer after a writable one", head, "2.7.4.2")
+            else:
+                pieces = readable
+            if length:
+                self._translate(head, addr, length, pieces)
+            if not flags & DESC_F_NEXT:
+                return Chain(head, readable, writable)
+            if following >= entries:
+                raise self._bad(
+                    f"next is {following} in a table of {entries} descriptors", head, "2.7.5"
+                )
+            if self._in_order and following != (
+                (index + 1) & (self.size - 1) if not indirect else index + 1
+            ):
+                raise self._bad(
+                    f"descriptor {index} is followed by {following} although IN_ORDER was"
+                    " negotiated",
+                    head,
+                    "2.7.5.3.1" if indirect else "2.7.5.2",
+                )
+            index = following
+            descriptor = _DESCRIPTOR.unpack_from(table, index << 4)
+
+    def _indirect_table(
+        self, head: int, addr: int, length: int, flags: int, *, nested: bool
+    ) -> memoryview | bytes:
+        section = "2.7.5.3.1"
+        if not self._indirect:
+            raise self._bad("an indirect table although that was not negotiated", head, section)
+        if nested:
+            raise self._bad("an indirect table inside an indirect table", head, section)
+        if flags & DESC_F_NEXT:
+            raise self._bad("a descriptor that is both indirect and chained on", head, section)
+        if not length or length % 16:
+            raise self._bad(f"an indirect table of {length} bytes", head, "2.7.5.3")
+        try:
+            pieces = self.memory.views(addr, length)
+        except AddressError as error:
+            raise self._bad(
+                f"the indirect table is not in the guest's memory: {error}", head, "2.7.5.3"
+            ) from None
+        # A table over two mappings is rare: it is copied, as far as a chain could reach into it.
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _translate(self, head: int, addr: int, length: int, pieces: list[memoryview]) -> None:
+        try:
+            pieces.extend(self.memory.views(addr, length))
+        except AddressError as error:
+            raise self._bad(
+                f"a buffer is not in the guest's memory: {error}", head, "2.7.5"
+            ) from None
+
+    def _bad(self, reason: str, head: int, section: str) -> DriverError:
+        return DriverError(reason, queue=self.name, head=head, section=section)
+
+    # --- giving chains back --------------------------------------------------------------------
+
+    def write_used(self, chain: Chain) -> None:
+        """Writes the used element of one chain. The driver sees it after `publish`.
+
+        With IN_ORDER a chain whose predecessors are not back yet waits for them (2.7.9).
+
+        Raises `UsageError` when the chain is not outstanding.
+        """
+        self.write_used_burst((chain,))
+
+    def write_used_burst(self, chains: Iterable[Chain]) -> None:
+        """Writes the used elements of several chains, in this order; see `write_used`."""
+        outstanding = self._outstanding
+        elements: list[int] = []
+        finished: list[Chain] = []
+        stray: Chain | None = None
+        for chain in self._in_ring_order(chains) if self._in_order else chains:
+            head = chain.head
+            if outstanding[head] is not chain:
+                stray = chain
+                break
+            outstanding[head] = None
+            elements.append(head | chain.written << 32)
+            finished.append(chain)
+        if elements:
+            self._write_elements(elements)
+            self._unpublished += finished
+        if stray is not None:
+            raise UsageError(f"{self.name}: {stray!r} is not outstanding")
+
+    def publish(self) -> int:
+        """Lets the driver see the used elements written since the last call; returns how many."""
+        finished = self._unpublished
+        if not finished:
+            return 0
+        self._unpublished = []
+        index = self._next_used
+        log = self._inflight_log
+        if log is not None:
+            heads = [chain.head for chain in finished]
+            log.publishing(heads, index)
+        if self.memory.dirty_log is not None:
+            self._mark_dirty(finished)
+        order_stores()  # the elements are there before the index that covers them (2.7.14)
+        self._store_used_word(1, index)
+        if log is not None:
+            log.published(heads, index)
+        if self._resubmitted:
+            self._resubmitted.difference_update(chain.head for chain in finished)
+        return len(finished)
+
+    def push_burst(self, chains: Sequence[Chain]) -> None:
+        """Writes the used elements of `chains` and publishes them."""
+        self.write_used_burst(chains)
+        self.publish()
+
+    def _in_ring_order(self, chains: Iterable[Chain]) -> Iterable[Chain]:
+        """Of the chains completed so far those that may go back now: none before an older one."""
+        completed = self._completed
+        for chain in chains:
+            if self._outstanding[chain.head] is not chain or chain.head in completed:
+                yield Chain(chain.head, chain.readable, chain.writable)  # a stranger: refused
+            completed.add(chain.head)
+        order = self._order
+        while order and order[0].head in completed:
+            completed.discard(order[0].head)
+            yield order.popleft()
+
+    def _write_elements(self, elements: list[int]) -> None:
+        size = self.size
+        slot = self._next_used & (size - 1)
+        first = size - slot
+        if len(elements) <= first:
+            struct.pack_into(f"<{len(elements)}Q", self._used, 4 + 8 * slot, *elements)
+        else:
+            struct.pack_into(f"<{first}Q", self._used, 4 + 8 * slot, *elements[:first])
+            struct.pack_into(f"<{len(elements) - first}Q", self._used, 4, *elements[first:])
+        self._next_used = (self._next_used + len(elements)) & 0xFFFF
+
+    def _mark_dirty(self, chains: list[Chain]) -> None:
+        for chain in chains:
+            if chain.written:
+                self.memory.mark_views_dirty(chain.writable, chain.written)
+        self.memory.mark_dirty(self._used_gpa, len(self._used))
+
+    # --- notifications ---------------------------------------------------------------------------
+
+    def should_notify(self) -> bool:
+        """Whether the driver wants a call for what was published since this was last asked.
+
+        Virtio 1.3, 2.7.7.2. The first time there is something to tell, the answer is always yes:
+        what an earlier device told the driver is not known, and a spurious call does no harm.
+        """
+        old, new = self._signalled, self._next_used
+        if self._unpublished:
+            new = (new - len(self._unpublished)) & 0xFFFF
+        if old == new:
+            return False
+        self._signalled = new
+        if self._first_call:
+            self._first_call = False
+            return True
+        # used.idx must be visible before the driver's wish is read, or both sides may go to sleep.
+        fence()
+        if self._event_idx:
+            event = self._avail_words[self._used_event]
+            return needs_event(_swap16(event) if _BIG_ENDIAN else event, new, old)
+        flags = self._avail_words[0]
+        return not (_swap16(flags) if _BIG_ENDIAN else flags) & AVAIL_F_NO_INTERRUPT
+
+    def disable_kicks(self) -> None:
+        """Tells the driver that the device will look by itself (virtio 1.3, 2.7.10.2).
+
+        With EVENT_IDX nothing needs to be written: a driver kicks once when it passes the position
+        that `enable_kicks` named, and not again for 65,536 chains.
+        """
+        if not self._event_idx:
+            self._store_used_word(0, USED_F_NO_NOTIFY)
+
+    def enable_kicks(self) -> bool:
+        """Asks for a kick at the next chain; True when chains came in the meantime already.
+
+        Then there may be no kick for them: pop once more. Raises `DriverError` like `pop_burst`
+        when the available index is impossible.
+        """
+        if self._event_idx:
+            self._store_used_word(self._avail_event, self._next_avail)
+        else:
+            self._store_used_word(0, 0)
+        # The wish must be visible before the index is read, or both sides may go to sleep.
+        fence()
+        return bool(self.available())
+
+    def _store_used_word(self, index: int, value: int) -> None:
+        self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
+        if self.memory.dirty_log is not None:
+            self.memory.mark_dirty(self._used_gpa + 2 * index, 2)
+
+
+def _swap16(value: int) -> int:
+    return value >> 8 | (value & 0xFF) << 8
