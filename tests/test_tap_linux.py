@@ -1,0 +1,844 @@
+"""`vq.tap_linux` and `vq.tap` against the running kernel, in network namespaces of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import itertools
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from vq import tap_linux
+from vq.abi import NET_HDR, HdrFlag, HdrGso
+from vq.errors import UsageError
+from vq.link import MAX_FRAME, Frame, Port
+from vq.offload import ALL, Offload, legal_tun_flags
+from vq.tap import open_tap
+from vq.tap_linux import LinuxTap
+
+T = TypeVar("T")
+
+
+def possible() -> str | None:
+    if sys.platform != "linux":
+        return "needs Linux"
+    if os.geteuid() != 0:
+        return "needs root"
+    if not os.path.exists("/dev/net/tun"):
+        return "needs /dev/net/tun"
+    if shutil.which("ip") is None:
+        return "needs ip(8)"
+    return None
+
+
+needs_tap = pytest.mark.skipif(possible() is not None, reason=possible() or "")
+
+OUR_MAC = bytes.fromhex("020000000001")
+KERNEL_MAC = bytes.fromhex("020000000002")
+OURS, KERNEL = "198.18.7.1", "198.18.7.2"
+PLAIN = bytes(12)
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def ip(*arguments: str) -> str:
+    done = subprocess.run(
+        ["ip", *arguments], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+    return done.stdout
+
+
+def inside(namespace: str, work: Callable[[], T]) -> T:
+    """Does `work` on a thread in a namespace."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with open(f"/run/netns/{namespace}") as file:
+                if ctypes.CDLL(None).setns(file.fileno(), 0):
+                    raise OSError("setns failed")
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+counter = itertools.count()
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    name = f"tl{os.getpid()}n{next(counter)}"
+    ip("netns", "add", name)
+    try:
+        yield name
+    finally:
+        ip("netns", "del", name)
+
+
+def configure(namespace: str, tap: LinuxTap) -> None:
+    """Gives the kernel's end an address, and ours as a neighbour; no IPv6, nothing strays."""
+    inside(namespace, lambda: no_ipv6(tap.name))
+    ip("-n", namespace, "link", "set", tap.name, "address", KERNEL_MAC.hex(":"), "up")
+    ip("-n", namespace, "addr", "add", f"{KERNEL}/24", "dev", tap.name)
+    ip(
+        *("-n", namespace, "neigh", "add", OURS, "dev", tap.name),
+        *("lladdr", OUR_MAC.hex(":"), "nud", "permanent"),
+    )
+
+
+def no_ipv6(name: str) -> None:
+    path = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
+    if path.exists():
+        path.write_text("1")
+
+
+@pytest.fixture
+def tap(namespace: str) -> Iterator[LinuxTap]:
+    with closing(LinuxTap("tl%d", namespace=namespace)) as tap:
+        configure(namespace, tap)
+        yield tap
+
+
+class PieceRoom:
+    """Room in pieces of the given sizes for each frame; keeps what comes."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes or (MAX_FRAME,)
+        self.frames: list[tuple[bytes, bytes]] = []
+        self.free = 1000
+
+    def views(self) -> Sequence[memoryview]:
+        if not self.free:
+            return []
+        self.lent = [memoryview(bytearray(size)) for size in self.sizes]
+        return self.lent
+
+    def commit(self, header: bytes, length: int) -> None:
+        self.free -= 1
+        self.frames.append((header, b"".join(self.lent)[:length]))
+
+
+def wait_readable(port: Port, seconds: float = 5.0) -> bool:
+    fd = port.fileno()
+    assert fd is not None
+    return bool(select.select([fd], [], [], seconds)[0])
+
+
+def receive(port: Port, room: PieceRoom, enough: Callable[[], bool]) -> None:
+    """Reads until there is enough."""
+    end = time.monotonic() + 5
+    while not enough():
+        assert time.monotonic() < end, f"only {[(h, len(f)) for h, f in room.frames]}"
+        if wait_readable(port, 0.2):
+            port.read_burst(room, 64)
+
+
+def total(data: bytes) -> int:
+    """The Internet checksum's sum, written down as RFC 1071 has it."""
+    if len(data) % 2:
+        data += b"\0"
+    value: int = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while value >> 16:
+        value = (value & 0xFFFF) + (value >> 16)
+    return value
+
+
+def ip4(protocol: int, body: bytes, length: int | None = None) -> bytes:
+    size = 20 + len(body) if length is None else length
+    header = struct.pack(
+        ">BBHHHBBH4s4s",
+        *(0x45, 0, size, 1, 0x4000, 64, protocol, 0),
+        *(socket.inet_aton(OURS), socket.inet_aton(KERNEL)),
+    )
+    header = header[:10] + struct.pack(">H", total(header) ^ 0xFFFF) + header[12:]
+    return KERNEL_MAC + OUR_MAC + b"\x08\x00" + header + body
+
+
+def pseudo(protocol: int, length: int) -> int:
+    addresses = socket.inet_aton(OURS) + socket.inet_aton(KERNEL)
+    return total(addresses + struct.pack(">HH", protocol, length))
+
+
+def udp(source: int, target: int, data: bytes, *, partial: bool = False, off: int = 0) -> bytes:
+    """A UDP frame; with only the pseudo-header's sum, or with a checksum that is `off`."""
+    size = 8 + len(data)
+    header = struct.pack(">HHHH", source, target, size, 0)
+    value = pseudo(17, size)
+    if not partial:
+        value = total(struct.pack(">H", value) + header + data) ^ 0xFFFF
+    checksum = struct.pack(">H", (value + off) & 0xFFFF)
+    return ip4(17, header[:6] + checksum + data)
+
+
+def tcp(
+    ports: tuple[int, int], seq: int, ack: int, flags: int, data: bytes = b"", *, mss: int = 0
+) -> tuple[bytes, bytes]:
+    """A TCP frame and its net header: checksum left undone, and with `mss` also the cutting."""
+    size = 20 + len(data)
+    header = struct.pack(">HHIIBBHHH", *ports, seq, ack, 0x50, flags, 65535, pseudo(6, size), 0)
+    gso = HdrGso.TCPV4 if mss else HdrGso.NONE
+    return (
+        NET_HDR.pack(HdrFlag.NEEDS_CSUM, gso, 54 if mss else 0, mss, 34, 16, 0),
+        ip4(6, header + data),
+    )
+
+
+def udp_socket(namespace: str) -> socket.socket:
+    def make() -> socket.socket:
+        endpoint = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        endpoint.bind((KERNEL, 0))
+        endpoint.settimeout(5)
+        return endpoint
+
+    return inside(namespace, make)
+
+
+def snmp(namespace: str, protocol: str, counter: str) -> int:
+    text = inside(namespace, lambda: Path("/proc/thread-self/net/snmp").read_text())
+    names, values = (line.split() for line in text.splitlines() if line.startswith(f"{protocol}:"))
+    return int(dict(zip(names[1:], values[1:], strict=True))[counter])
+
+
+def open_fds() -> set[str]:
+    return {entry for entry in os.listdir("/proc/self/fd")}
+
+
+# --- names, opening, sharing ---------------------------------------------------------------------
+
+
+@needs_tap
+def test_the_name_that_the_kernel_gave_is_read_back(namespace: str) -> None:
+    with (
+        closing(LinuxTap("tl%d", namespace=namespace)) as first,
+        closing(LinuxTap("tl%d", namespace=namespace)) as second,
+    ):
+        assert (first.name, second.name) == ("tl0", "tl1")
+        ip("-n", namespace, "link", "set", "tl1", "name", "renamed")
+        assert second.mtu == 1500
+        assert second.name == "renamed"
+
+
+@needs_tap
+def test_the_header_is_twelve_bytes_and_little_endian(tap: LinuxTap) -> None:
+    fd = tap.ports[0].fileno()
+    for request, value in ((tap_linux.TUNGETVNETHDRSZ, 12), (tap_linux.TUNGETVNETLE, 1)):
+        assert struct.unpack("i", fcntl.ioctl(fd, request, bytes(4))) == (value,)
+
+
+@needs_tap
+def test_a_tap_in_use_is_said_to_be(namespace: str, tap: LinuxTap) -> None:
+    before = open_fds()
+    with pytest.raises(OSError, match=f"tap {tap.name} is in use by another program") as caught:
+        LinuxTap(tap.name, namespace=namespace)
+    assert caught.value.errno == errno.EBUSY
+    assert open_fds() == before
+
+
+@needs_tap
+def test_what_is_not_a_tap_is_said_not_to_be(namespace: str) -> None:
+    ip("-n", namespace, "tuntap", "add", "tl-tun", "mode", "tun")
+    before = open_fds()
+    for name in ("lo", "tl-tun"):
+        with pytest.raises(UsageError, match=f"network interface {name} is not a tap"):
+            LinuxTap(name, namespace=namespace)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a:b"])
+def test_a_name_that_no_interface_can_have_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the name"):
+        LinuxTap(name)
+
+
+def test_a_name_that_is_too_long_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"too long: Linux takes at most 15 bytes"):
+        LinuxTap("x" * 16)
+    with pytest.raises(UsageError, match="too long"):
+        LinuxTap("é" * 8)
+
+
+@needs_tap
+def test_a_name_of_fifteen_bytes_is_taken(namespace: str) -> None:
+    with closing(LinuxTap("x" * 15, namespace=namespace)) as tap:
+        assert tap.name == "x" * 15
+
+
+def test_no_tap_has_no_queues() -> None:
+    with pytest.raises(UsageError, match="at least one queue"):
+        LinuxTap("tl0", queues=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_where_there_is_no_tun_device_the_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tap_linux, "DEVICE", str(tmp_path / "tun"))
+    with pytest.raises(FileNotFoundError, match=r"there is no .*tun: load the kernel's tun module"):
+        LinuxTap("tl0")
+
+
+@needs_tap
+def test_a_namespace_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="no network namespace /run/netns/tl-missing"):
+        LinuxTap("tl0", namespace="tl-missing")
+
+
+@needs_tap
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv(1)")
+def test_without_cap_net_admin_the_error_says_so(namespace: str) -> None:
+    code = (
+        "from vq.tap_linux import LinuxTap\n"
+        "try: LinuxTap('tl0')\n"
+        "except PermissionError as error: print(error.strerror)\n"
+    )
+    python = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
+    done = subprocess.run(
+        ["ip", "netns", "exec", namespace, *python, sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stdout.startswith("attaching to the tap tl0 needs CAP_NET_ADMIN"), done
+
+
+@needs_tap
+def test_a_persistent_tap_outlives_its_user_and_can_be_attached_again(namespace: str) -> None:
+    LinuxTap("tl-keep", persist=True, namespace=namespace).close()
+    assert "tl-keep" in ip("-n", namespace, "link")
+    with closing(LinuxTap("tl-keep", namespace=namespace)) as tap:
+        tap.set_persistent(False)
+    assert "tl-keep" not in ip("-n", namespace, "link")
+
+
+@needs_tap
+def test_offloads_that_the_last_user_asked_for_are_forgotten(namespace: str) -> None:
+    with closing(LinuxTap("tl-keep", persist=True, namespace=namespace)) as tap:
+        tap.request_offloads(ALL)
+    with closing(LinuxTap("tl-keep", namespace=namespace)) as tap:
+        assert tap.delivers == Offload.NONE
+        shown = subprocess.run(
+            ["ip", "netns", "exec", namespace, "ethtool", "-k", "tl-keep"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shown.returncode == 0:
+            assert "tx-checksumming: off" in shown.stdout
+
+
+@needs_tap
+def test_one_queue_of_a_tap_made_for_several_can_be_used(namespace: str) -> None:
+    ip("-n", namespace, "tuntap", "add", "tl-mq", "mode", "tap", "multi_queue")
+    with closing(LinuxTap("tl-mq", namespace=namespace)) as tap:
+        assert len(tap.ports) == 1
+
+
+@needs_tap
+def test_a_tap_made_with_one_queue_has_no_more(namespace: str) -> None:
+    ip("-n", namespace, "tuntap", "add", "tl-one", "mode", "tap")
+    before = open_fds()
+    with pytest.raises(UsageError, match="tl-one was made with one queue: 2 need one made with"):
+        LinuxTap("tl-one", queues=2, namespace=namespace)
+    assert open_fds() == before
+
+
+# --- descriptors handed in -----------------------------------------------------------------------
+
+
+def attached(flags: int, name: bytes = b"tl%d") -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, tap_linux.TUNSETIFF, struct.pack("16sH22x", name, flags))
+    return fd
+
+
+@needs_tap
+def test_an_open_descriptor_can_be_handed_in(namespace: str) -> None:
+    fd = inside(namespace, lambda: attached(0x5002))
+    with closing(LinuxTap.from_fds([fd])) as tap:
+        configure(namespace, tap)
+        assert tap.name == "tl0"
+        assert tap.mtu == 1500
+        assert not os.get_blocking(fd)
+        with udp_socket(namespace) as endpoint:
+            frame: Frame = [PLAIN, udp(5000, endpoint.getsockname()[1], b"handed in")]
+            assert tap.ports[0].write_burst([frame]) == 1
+            assert endpoint.recv(100) == b"handed in"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+@needs_tap
+def test_descriptors_that_are_no_such_tap_are_refused_and_closed(namespace: str) -> None:
+    def all_kinds() -> list[tuple[Callable[[], int], str]]:
+        return [
+            (lambda: os.open("/dev/null", os.O_RDWR), "is not an open tap"),
+            (lambda: attached(0x1002), "must be a tap with IFF_NO_PI and IFF_VNET_HDR"),
+            (lambda: attached(0x5001), "must be a tap with"),
+            (lambda: os.open("/dev/net/tun", os.O_RDWR), "never attached"),
+        ]
+
+    before = open_fds()
+    for make, reason in all_kinds():
+        fd = inside(namespace, make)
+        with pytest.raises((UsageError, OSError), match=reason):
+            LinuxTap.from_fds([fd])
+    with pytest.raises(UsageError, match="at least one"):
+        LinuxTap.from_fds([])
+    pair = [inside(namespace, lambda: attached(0x5002)) for _ in range(2)]
+    with pytest.raises(UsageError, match="different taps"):
+        LinuxTap.from_fds(pair)
+    assert open_fds() == before
+
+
+# --- frames towards the kernel -------------------------------------------------------------------
+
+
+@needs_tap
+def test_a_frame_in_any_pieces_arrives(namespace: str, tap: LinuxTap) -> None:
+    with udp_socket(namespace) as endpoint:
+        data = bytes(range(200)) * 7
+        whole = udp(5000, endpoint.getsockname()[1], data)
+        cuts: list[Frame] = [
+            [PLAIN, whole],
+            [PLAIN, memoryview(whole)[:1], b"", bytearray(whole[1:40]), whole[40:]],
+            [PLAIN, *(whole[i : i + 1] for i in range(len(whole)))],
+        ]
+        assert len(cuts[2]) > 1024  # more than one writev takes
+        assert tap.ports[0].write_burst(cuts) == 3
+        assert [endpoint.recv(9000) for _ in cuts] == [data] * 3
+    assert not tap.ports[0].dropped
+
+
+@needs_tap
+def test_the_kernel_finishes_a_partial_checksum_and_judges_a_wrong_one(
+    namespace: str, tap: LinuxTap
+) -> None:
+    needs = NET_HDR.pack(HdrFlag.NEEDS_CSUM, 0, 0, 0, 34, 6, 0)
+    with udp_socket(namespace) as endpoint:
+        port = endpoint.getsockname()[1]
+        frames: list[Frame] = [
+            [PLAIN, udp(5000, port, b"wrong", off=1)],
+            [PLAIN, udp(5000, port, b"partial, not said to be", partial=True)],
+            [needs, udp(5000, port, b"partial", partial=True)],
+        ]
+        assert tap.ports[0].write_burst(frames) == 3
+        assert endpoint.recv(100) == b"partial"
+        assert snmp(namespace, "Udp", "InCsumErrors") == 2
+
+
+@needs_tap
+def test_frames_that_cannot_be_are_dropped_and_counted(namespace: str, tap: LinuxTap) -> None:
+    port = tap.ports[0]
+    with udp_socket(namespace) as endpoint:
+        good = udp(5000, endpoint.getsockname()[1], b"good")
+        frames: list[Frame] = [
+            [PLAIN],
+            [PLAIN, b""],
+            [PLAIN, good[:13]],
+            [PLAIN, good[:7], good[7:13]],
+            [PLAIN, bytes(MAX_FRAME + 1)],
+            [NET_HDR.pack(0, 0x77, 0, 0, 0, 0, 0), good],
+            [NET_HDR.pack(0, HdrGso.NONE, 0, 0, 0, 0, 0), good],
+        ]
+        assert port.write_burst(frames) == 7
+        assert endpoint.recv(100) == b"good"
+    assert port.dropped == {"runt": 4, "too long": 1, "bad header": 1}
+
+
+@needs_tap
+def test_frames_to_an_interface_that_is_down_are_dropped_and_counted(tap: LinuxTap) -> None:
+    tap.set_up(False)
+    assert tap.ports[0].write_burst([[PLAIN, bytes(60)]] * 3) == 3
+    assert tap.ports[0].dropped == {"interface down": 3}
+
+
+@needs_tap
+def test_a_full_tap_leaves_the_rest_of_a_burst_with_the_caller(
+    tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel says so only when the send buffer was limited (TUNSETSNDBUF) and is full.
+    room_for = [26, 26]
+
+    def writev(fd: int, frame: Frame) -> int:
+        if not room_for:
+            raise BlockingIOError(errno.EAGAIN, "full")
+        return room_for.pop()
+
+    monkeypatch.setattr(os, "writev", writev)
+    assert tap.ports[0].write_burst([[PLAIN, bytes(14)]] * 5) == 2
+    assert not tap.ports[0].dropped
+
+
+@needs_tap
+def test_a_kernel_without_memory_drops_the_frame_and_counts_it(
+    tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE]
+
+    def writev(fd: int, frame: Frame) -> int:
+        raise OSError(errors.pop(), "refused")
+
+    monkeypatch.setattr(os, "writev", writev)
+    assert tap.ports[0].write_burst([[PLAIN, bytes(14)]] * 3) == 3
+    assert tap.ports[0].dropped == {"no memory": 2, "too long": 1}
+
+
+@needs_tap
+def test_a_tap_that_was_deleted_raises_and_is_down(namespace: str, tap: LinuxTap) -> None:
+    ip("-n", namespace, "link", "del", tap.name)
+    with pytest.raises(OSError, match="bad state"):
+        tap.ports[0].write_burst([[PLAIN, bytes(60)]])
+    with pytest.raises(OSError, match="bad state"):
+        tap.ports[0].read_burst(PieceRoom(), 1)
+    assert not tap.is_up
+    with pytest.raises(OSError, match="the tap is gone"):
+        assert tap.mtu
+
+
+# --- frames from the kernel ----------------------------------------------------------------------
+
+
+@needs_tap
+@pytest.mark.parametrize("pieces", [(MAX_FRAME,), (1, 13, 20, 5000), (1,) * 1500])
+def test_a_frame_fills_the_pieces_of_the_room_in_order(
+    namespace: str, tap: LinuxTap, pieces: tuple[int, ...]
+) -> None:
+    room = PieceRoom(*pieces)
+    with udp_socket(namespace) as endpoint:
+        data = bytes(range(250)) * 5
+        endpoint.sendto(data, (OURS, 7000))
+        receive(tap.ports[0], room, lambda: bool(room.frames))
+    ((header, frame),) = room.frames
+    assert header == PLAIN  # num_buffers too: the device fills it in
+    assert frame[:12] == OUR_MAC + KERNEL_MAC
+    assert frame[42:] == data
+
+
+@needs_tap
+@pytest.mark.parametrize("shape", [(1514,), (700, 814), (1,) * 1514])
+def test_a_frame_that_the_room_would_cut_is_noticed(
+    namespace: str, tap: LinuxTap, shape: tuple[int, ...]
+) -> None:
+    tap.set_mtu(3000)
+    tap.max_frame = 1514  # as it was before somebody raised the MTU behind our back
+    room = PieceRoom(*shape)
+    with udp_socket(namespace) as endpoint:
+        for size in (1473, 1472, 2000, 3):
+            endpoint.sendto(bytes(size), (OURS, 7000))
+        receive(tap.ports[0], room, lambda: len(room.frames) == 2)
+    assert [len(frame) for _, frame in room.frames] == [1514, 45]
+    assert tap.ports[0].dropped == {"too long": 2}
+    assert tap.max_frame == 3022
+
+
+@needs_tap
+def test_no_room_and_no_frame_end_a_burst(namespace: str, tap: LinuxTap) -> None:
+    room = PieceRoom()
+    port = tap.ports[0]
+    assert port.read_burst(room, 64) == 0
+    with udp_socket(namespace) as endpoint:
+        for i in range(5):
+            endpoint.sendto(bytes([i]), (OURS, 7000))
+    assert wait_readable(port)
+    room.free = 0
+    assert port.read_burst(room, 64) == 0
+    room.free = 3
+    assert port.read_burst(room, 2) == 2
+    assert port.read_burst(room, 64) == 1
+    room.free = 64
+    assert port.read_burst(room, 64) == 2
+    assert [frame[42] for _, frame in room.frames] == [0, 1, 2, 3, 4]
+
+
+# --- offloads ------------------------------------------------------------------------------------
+
+
+@needs_tap
+def test_the_kernel_takes_just_the_sets_that_the_rules_call_legal(tap: LinuxTap) -> None:
+    fd = tap.ports[0].fileno()
+    ufo = 0x10  # taken and ignored, but only with a checksum
+    for flags in range(128):
+        if flags & ~(tap.known_flags | ufo):
+            continue
+        try:
+            fcntl.ioctl(fd, tap_linux.TUNSETOFFLOAD, flags)
+        except OSError as error:
+            assert error.errno == errno.EINVAL
+            taken = False
+        else:
+            taken = True
+        assert taken == (legal_tun_flags(flags) == flags), hex(flags)
+
+
+@needs_tap
+def test_every_wish_gives_a_set_that_the_kernel_takes(tap: LinuxTap) -> None:
+    assert tap.accepts & Offload.CSUM
+    for wish in map(Offload, range(int(ALL) + 1)):
+        tap.request_offloads(wish)
+        assert tap.delivers & ~wish == Offload.NONE
+    tap.request_offloads(ALL)
+    assert tap.delivers == tap.accepts
+    assert tap.max_frame == MAX_FRAME
+    tap.request_offloads(Offload.CSUM)
+    assert tap.max_frame == 1522
+
+
+class Talk:
+    """A TCP connection between a hand-written end at the tap and a socket behind it."""
+
+    PORTS = 7001, 7002
+
+    def __init__(self, namespace: str, tap: LinuxTap) -> None:
+        self.port = tap.ports[0]
+        self.room = PieceRoom()
+        self.listener = inside(namespace, self.listen)
+        self.sequence, self.acked = 1000, 0
+        self.send(2)
+        receive(self.port, self.room, lambda: bool(self.room.frames))
+        answer = self.room.frames.pop()[1]
+        self.acked = struct.unpack_from(">I", answer, 38)[0] + 1
+        self.sequence += 1
+        self.send(0x10)
+        with self.listener:
+            self.peer, _ = self.listener.accept()
+        self.peer.settimeout(5)
+        self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def listen(self) -> socket.socket:
+        listener = socket.socket()
+        listener.settimeout(5)
+        listener.bind((KERNEL, self.PORTS[1]))
+        listener.listen()
+        return listener
+
+    def close(self) -> None:
+        self.peer.close()
+
+    def send(self, flags: int, data: bytes = b"", mss: int = 0) -> None:
+        header, frame = tcp(self.PORTS, self.sequence, self.acked, flags, data, mss=mss)
+        assert self.port.write_burst([[header, frame[:54], frame[54:]]]) == 1
+        assert not self.port.dropped
+        self.sequence += len(data)
+
+    def receive(self, size: int) -> list[tuple[bytes, bytes]]:
+        """Frames with `size` bytes of data, each acknowledged."""
+        taken: list[tuple[bytes, bytes]] = []
+        have = 0
+        while have < size:
+            receive(self.port, self.room, lambda: bool(self.room.frames))
+            for header, frame in self.room.frames:
+                (length,) = struct.unpack_from(">H", frame, 16)
+                data = length - 20 - (frame[46] >> 4) * 4
+                if data:
+                    taken.append((header, frame))
+                    have += data
+                    self.acked += data
+                    self.send(0x10)
+            self.room.frames.clear()
+        return taken
+
+
+@needs_tap
+def test_tcp_segments_go_uncut_both_ways_and_offloads_change_while_open(
+    namespace: str, tap: LinuxTap
+) -> None:
+    with closing(Talk(namespace, tap)) as talk:
+        data = os.urandom(30000)
+        talk.send(0x18, data, mss=1400)
+        got = b""
+        while len(got) < len(data):
+            got += talk.peer.recv(len(data))
+        assert got == data
+
+        def answered(offloads: Offload) -> list[tuple[bytes, bytes]]:
+            tap.request_offloads(offloads)
+            talk.peer.sendall(bytes(8000))
+            return talk.receive(8000)
+
+        uncut = answered(Offload.CSUM | Offload.TSO4)
+        assert max(len(frame) for _, frame in uncut) > 1514
+        for header, frame in uncut:
+            flags, gso, hdr_len, gso_size, start, offset, buffers = NET_HDR.unpack(header)
+            assert (flags, start, offset, buffers) == (HdrFlag.NEEDS_CSUM, 34, 16, 0)
+            if len(frame) > 1514:
+                assert (gso, hdr_len >= 54) == (HdrGso.TCPV4, True)
+                assert 500 < gso_size <= 1460
+        for header, frame in answered(Offload.CSUM):
+            assert header[:2] == b"\1\0"
+            assert len(frame) <= 1514
+        for header, frame in answered(Offload.NONE):
+            assert header == PLAIN
+            assert len(frame) <= 1514
+            tcp_length = len(frame) - 34
+            assert total(struct.pack(">H", pseudo(6, tcp_length)) + frame[34:]) == 0xFFFF
+        assert max(len(f) for _, f in answered(Offload.CSUM | Offload.TSO4)) > 1514
+    assert snmp(namespace, "Tcp", "InCsumErrors") == 0
+    assert snmp(namespace, "Tcp", "InErrs") == 0
+
+
+@needs_tap
+def test_udp_datagrams_go_uncut_into_the_kernel(namespace: str, tap: LinuxTap) -> None:
+    if not tap.accepts & Offload.USO4:
+        pytest.skip("this kernel has no USO")
+    header = NET_HDR.pack(HdrFlag.NEEDS_CSUM, HdrGso.UDP_L4, 42, 500, 34, 6, 0)
+    with udp_socket(namespace) as endpoint:
+        frame = udp(5000, endpoint.getsockname()[1], bytes(1200), partial=True)
+        assert tap.ports[0].write_burst([[header, frame]]) == 1
+        assert [len(endpoint.recv(2000)) for _ in range(3)] == [500, 500, 200]
+    assert not tap.ports[0].dropped
+
+
+# --- queues --------------------------------------------------------------------------------------
+
+
+@needs_tap
+def test_frames_of_a_flow_come_back_on_the_queue_that_it_uses(namespace: str) -> None:
+    with closing(LinuxTap("tl%d", queues=3, namespace=namespace)) as tap:
+        configure(namespace, tap)
+        assert len(tap.ports) == 3
+        rooms = [PieceRoom() for _ in tap.ports]
+        with udp_socket(namespace) as endpoint:
+            target = endpoint.getsockname()[1]
+            for index, port in enumerate(tap.ports):
+                port.write_burst([[PLAIN, udp(6000 + index, target, b"hello")]])
+                data, source = endpoint.recvfrom(100)
+                assert (data, source[1]) == (b"hello", 6000 + index)
+                endpoint.sendto(b"answer", source)
+                receive(port, rooms[index], lambda room=rooms[index]: bool(room.frames))  # type: ignore[misc]
+
+
+@needs_tap
+def test_detached_queues_neither_take_nor_give(namespace: str) -> None:
+    with closing(LinuxTap("tl%d", queues=2, namespace=namespace)) as tap:
+        configure(namespace, tap)
+        first, second = tap.ports
+        room = PieceRoom()
+        with udp_socket(namespace) as endpoint:
+            target = endpoint.getsockname()[1]
+            tap.activate_ports(1)
+            tap.activate_ports(1)
+            assert [port.active for port in tap.ports] == [True, False]
+            assert second.write_burst([[PLAIN, udp(6001, target, b"lost")]]) == 1
+            assert second.dropped == {"inactive": 1}
+            for number in range(20):
+                endpoint.sendto(b"x", (OURS, 7000 + number))
+            assert second.read_burst(room, 64) == 0
+            receive(first, room, lambda: len(room.frames) == 20)
+            tap.activate_ports(2)
+            second.write_burst([[PLAIN, udp(6001, target, b"back")]])
+            data, source = endpoint.recvfrom(100)
+            assert data == b"back"
+            endpoint.sendto(b"answer", source)
+            receive(second, room, lambda: len(room.frames) == 21)
+
+
+@needs_tap
+def test_only_the_queues_that_there_are_can_be_used(tap: LinuxTap) -> None:
+    for count in (0, 2):
+        with pytest.raises(UsageError, match="has 1 queues"):
+            tap.activate_ports(count)
+    tap.activate_ports(1)
+
+
+# --- the interface's state -----------------------------------------------------------------------
+
+
+@needs_tap
+def test_mtu_link_state_and_carrier(namespace: str, tap: LinuxTap) -> None:
+    def shown() -> set[str]:
+        (link,) = json.loads(ip("-j", "-n", namespace, "link", "show", tap.name))
+        return set(link["flags"])
+
+    assert tap.is_up
+    ip("-n", namespace, "link", "set", tap.name, "mtu", "2000")
+    assert tap.mtu == 2000
+    tap.set_mtu(1400)
+    assert (tap.mtu, tap.max_frame) == (1400, 1422)
+    tap.set_up(False)
+    assert not tap.is_up
+    assert "UP" not in shown()
+    tap.set_up(True)
+    assert tap.is_up
+    tap.set_carrier(False)
+    assert "NO-CARRIER" in shown()
+    tap.set_carrier(True)
+    assert "NO-CARRIER" not in shown()
+
+
+@needs_tap
+def test_a_tap_is_found_again_when_it_is_moved_to_another_namespace(
+    namespace: str, tap: LinuxTap
+) -> None:
+    other = f"{namespace}b"
+    ip("netns", "add", other)
+    try:
+        ip("-n", other, "tuntap", "add", "decoy", "mode", "tap")
+        ip("-n", namespace, "link", "set", tap.name, "netns", other)
+        ip("-n", other, "link", "set", tap.name, "mtu", "1234")
+        ip("-n", namespace, "tuntap", "add", tap.name, "mode", "tap")  # of the same name
+        assert tap.mtu == 1234
+        tap.set_up(True)
+        assert tap.is_up
+    finally:
+        with contextlib.suppress(AssertionError):
+            ip("-n", other, "link", "del", tap.name)
+        ip("netns", "del", other)
+
+
+@needs_tap
+def test_closing_gives_all_back_and_may_be_repeated(namespace: str) -> None:
+    before = open_fds()
+    tap = LinuxTap("tl%d", queues=4, namespace=namespace)
+    assert len(open_fds()) > len(before)
+    tap.close()
+    tap.close()
+    assert open_fds() == before
+    assert "tl0" not in ip("-n", namespace, "link")
+
+
+# --- vq.tap --------------------------------------------------------------------------------------
+
+
+@needs_tap
+def test_open_tap_is_linuxes_here(namespace: str) -> None:
+    with closing(inside(namespace, lambda: open_tap("tl%d", queues=2))) as tap:
+        assert isinstance(tap, LinuxTap)
+        assert len(tap.ports) == 2
+        assert tap.mtu == 1500
+
+
+def test_where_no_tap_is_known_the_error_says_which_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "netbsd10")
+    with pytest.raises(UsageError, match=r"Linux, OpenBSD and FreeBSD, not those of netbsd10"):
+        open_tap("tap0")
+    for system in ("openbsd7", "freebsd14"):
+        monkeypatch.setattr(sys, "platform", system)
+        with pytest.raises(UsageError, match="a tap has one queue"):
+            open_tap("tap0", queues=2)

@@ -1,0 +1,447 @@
+"""A link over a Unix stream socket, for users without privileges: passt, QEMU's stream netdev.
+
+Each frame goes over the socket as its length, 4 bytes big-endian, and then its bytes from the
+Ethernet header on. Nothing tells the other side of work left undone, so this link neither takes nor
+gives offloads; the device finishes checksums and segments before it writes.
+
+A socket may take or give half a frame. What is left of it is kept here, and no frame is ever mixed
+with the next; a peer that announces a frame of impossible length is hung up on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+from vq.abi import NET_HDR_SIZE
+from vq.errors import UsageError
+from vq.link import Frame, FrameBuffer, Link, Port, Room, scatter
+from vq.offload import Offload
+
+__all__ = ["StreamLink"]
+
+PREFIX = struct.Struct(">I")
+ETHER_HEADER = 14
+MAX_SENT = 65535
+"""passt hangs up on longer frames."""
+MAX_RECEIVED = 4096 + 65536
+"""What QEMU has room for in either direction."""
+IOV_MAX = 1024
+BURST_BYTES = 1 << 18
+"""How much one system call is asked to send: about what a socket's buffer holds."""
+PLAIN_HEADER = bytes(NET_HDR_SIZE)
+RETRY_SECONDS = 1.0
+
+
+class StreamLink(Link):
+    """One port over a stream socket.
+
+    It is used in one of three ways: over a socket that is already connected, as a client
+    (`connect`) or as a server of one peer at a time (`listen`).
+
+    A connection that ends makes `read_burst` raise `OSError` (ECONNRESET, or EPROTO when the peer
+    broke the framing), once what came before has been read. A server then waits for its next peer
+    instead, and a client with `reconnect` tries again on the next write, once a second: until then
+    `is_up` is false and frames are dropped as ``not connected``.
+    """
+
+    on_change: Callable[[], None] | None = None
+    """Called when a peer came or went: `is_up`, and the port's `fileno` to poll, have changed."""
+
+    def __init__(self, connection: socket.socket | None, *, name: str = "stream") -> None:
+        """Takes a connected stream socket over; None for a link that has no peer yet."""
+        self.name = name
+        self.accepts = Offload.NONE
+        self.delivers = Offload.NONE
+        self.min_frame = ETHER_HEADER
+        self.max_frame = MAX_RECEIVED
+        self._port = StreamPort(self)
+        self.ports = (self._port,)
+        self._connection: socket.socket | None = None
+        self._listener: socket.socket | None = None
+        self._listener_file: tuple[str, int, int] | None = None
+        self._reconnect_path: str | None = None
+        self._last_try = 0.0
+        if connection is not None:
+            self._connected(connection)
+
+    @classmethod
+    def connect(cls, path: str, *, reconnect: bool = False) -> StreamLink:
+        """A client of the server that listens at `path`.
+
+        Raises `UsageError` for a path that no socket can have, `OSError` when nobody listens.
+        """
+        link = cls(_connect(path), name=f"stream:{path}")
+        if reconnect:
+            link._reconnect_path = path
+        return link
+
+    @classmethod
+    def listen(cls, path: str) -> StreamLink:
+        """A server at `path`, which serves one client after the other.
+
+        A socket that a dead server left there is replaced. Raises `UsageError` when something else
+        is at `path` or somebody serves it.
+        """
+        link = cls(None, name=f"stream:{path}")
+        link._listener = _listen(path)
+        status = os.stat(path)
+        link._listener_file = path, status.st_dev, status.st_ino
+        return link
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a peer is connected."""
+        return self._connection is not None
+
+    def close(self) -> None:
+        """Hangs up; a server also removes its socket."""
+        self._reconnect_path = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._listener_file is not None:
+            path, device, inode = self._listener_file
+            self._listener_file = None
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                return
+            if (status.st_dev, status.st_ino) == (device, inode):
+                os.unlink(path)
+
+    # --- the life of a connection ---
+
+    def _connected(self, connection: socket.socket) -> None:
+        if connection.type != socket.SOCK_STREAM:
+            raise UsageError(f"{self.name} is not a stream socket")
+        connection.setblocking(False)
+        self._connection = connection
+        self._port.start()
+        if self.on_change is not None:
+            self.on_change()
+
+    def _hang_up(self) -> bool:
+        """Ends the connection; returns whether there may be another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+            self._last_try = time.monotonic()
+            if self.on_change is not None:
+                self.on_change()
+        return self._listener is not None or self._reconnect_path is not None
+
+    def _poll_fd(self) -> int | None:
+        for endpoint in (self._connection, self._listener):
+            if endpoint is not None:
+                return endpoint.fileno()
+        return None
+
+    def _connection_now(self) -> socket.socket | None:
+        """The connection; without one, that of the next peer if it is there."""
+        if self._connection is not None:
+            return self._connection
+        try:
+            if self._listener is not None:
+                self._connected(self._listener.accept()[0])
+            elif self._reconnect_path is not None:
+                now = time.monotonic()
+                if now - self._last_try >= RETRY_SECONDS:
+                    self._last_try = now
+                    self._connected(_connect(self._reconnect_path))
+            else:
+                raise OSError(errno.ENOTCONN, f"{self.name} is closed")
+        except (BlockingIOError, ConnectionError, FileNotFoundError):
+            return None
+        return self._connection
+
+
+class StreamPort(Port):
+    """Frames with their length before them, over the present connection of a `StreamLink`."""
+
+    def __init__(self, link: StreamLink) -> None:
+        super().__init__()
+        self._link = link
+        self.start()
+
+    def start(self) -> None:
+        """Forgets what was left of the last connection."""
+        self._unsent = b""
+        self._resume = False
+        self._prefix = bytearray(PREFIX.size)
+        self._prefix_have = 0
+        self._partial: bytearray | None = None
+        self._partial_have = 0
+        self._broken: OSError | None = None
+
+    def fileno(self) -> int | None:
+        """The connection, or the listening socket of a server without a peer."""
+        return self._link._poll_fd()
+
+    # --- towards the peer ---
+
+    def write_burst(self, frames: Sequence[Frame]) -> int:
+        """Sends frames, many with one system call.
+
+        A frame of which the socket took only a part is not yet dealt with: the rest of it is kept
+        here, and goes out first when the caller comes back with it.
+
+        Counted in `dropped`: ``runt``, ``too long`` and ``not connected``.
+        """
+        dealt_with = 0
+        connection = self._link._connection_now()
+        if connection is None:
+            self._resume = False
+            self.dropped["not connected"] += len(frames)
+            return len(frames)
+        try:
+            if not self._send_unsent(connection):
+                return 0
+            if self._resume and frames:
+                self._resume = False
+                dealt_with = 1
+            while dealt_with < len(frames):
+                taken, full = self._send_some(connection, frames, dealt_with)
+                dealt_with += taken
+                if full:
+                    break
+            return dealt_with
+        except ConnectionError:
+            # What the peer sent before it went can still be read: reading finds the end.
+            self.dropped["not connected"] += len(frames) - dealt_with
+            return len(frames)
+
+    def _send_unsent(self, connection: socket.socket) -> bool:
+        """Sends what is left of a frame that went halfway; returns whether all of it is gone."""
+        if self._unsent:
+            try:
+                sent = connection.send(self._unsent)
+            except BlockingIOError:
+                return False
+            except ConnectionError:
+                sent = len(self._unsent)
+            self._unsent = self._unsent[sent:]
+        return not self._unsent
+
+    def _send_some(
+        self, connection: socket.socket, frames: Sequence[Frame], first: int
+    ) -> tuple[int, bool]:
+        """Sends frames from `first` on with one call.
+
+        Returns how many it dealt with, and whether the socket is full.
+        """
+        pieces: list[FrameBuffer] = []
+        ends: list[int] = []  # where each frame ends in what is sent
+        total = 0
+        for index in range(first, len(frames)):
+            frame = frames[index]
+            size = sum(map(len, frame)) - NET_HDR_SIZE
+            if not ETHER_HEADER <= size <= MAX_SENT:
+                if pieces:  # its turn comes with the next call
+                    break
+                self.dropped["runt" if size < ETHER_HEADER else "too long"] += 1
+            else:
+                body = frame[1:] if len(frame) < IOV_MAX else [b"".join(frame[1:])]
+                if pieces and (len(pieces) + len(body) >= IOV_MAX or total >= BURST_BYTES):
+                    break
+                pieces.append(PREFIX.pack(size))
+                pieces += body
+                total += PREFIX.size + size
+            ends.append(total)
+        if not pieces:
+            return len(ends), False
+        try:
+            sent = connection.sendmsg(pieces)
+        except BlockingIOError:
+            sent = 0
+        if sent == total:
+            return len(ends), False
+        whole = sum(1 for end in ends if end <= sent)
+        begun = ends[whole - 1] if whole else 0
+        if sent > begun:
+            self._unsent = b"".join(pieces)[sent : ends[whole]]
+            self._resume = True
+        return whole, True
+
+    # --- from the peer ---
+
+    def read_burst(self, room: Room, limit: int) -> int:
+        """Reads frames straight into the room, each together with the length of the next.
+
+        Nothing but a frame that came in part is kept here, so that the descriptor stays readable
+        while frames wait. Counted in `dropped`: ``runt`` and ``too long`` for the room.
+        """
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            raise error
+        connection = self._link._connection_now()
+        moved = 0
+        try:
+            if connection is not None:
+                self._send_unsent(connection)
+                while moved < limit:
+                    outcome = self._read_one(connection, room)
+                    if outcome is None:
+                        break
+                    moved += outcome
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if not self._link._hang_up():
+                if not moved:
+                    raise
+                self._broken = error  # the frames before it first
+        return moved
+
+    def _read_one(self, connection: socket.socket, room: Room) -> int | None:
+        """Moves one frame: 1, 0 when it was dropped, None when there is no room or not all of it.
+
+        Raises `BlockingIOError` when nothing has come.
+        """
+        if self._prefix_have < PREFIX.size:
+            rest = memoryview(self._prefix)[self._prefix_have :]
+            self._prefix_have += self._some(connection.recv_into(rest))
+            if self._prefix_have < PREFIX.size:
+                return None
+        (size,) = PREFIX.unpack(self._prefix)
+        if size > MAX_RECEIVED:
+            raise OSError(
+                errno.EPROTO,
+                f"the peer of {self._link.name} announced a frame of {size} bytes: "
+                f"at most {MAX_RECEIVED} can be, or it does not speak this protocol",
+            )
+        if self._partial is None:
+            views = room.views()
+            if not views:
+                return None
+            target = _first_bytes(views, size)
+            if size < ETHER_HEADER or target is None or len(target) >= IOV_MAX:
+                self._partial, self._partial_have = bytearray(size), 0
+            else:
+                came = self._some(os.readv(connection.fileno(), [*target, self._prefix]))
+                if came >= size:
+                    self._prefix_have = came - size
+                    room.commit(PLAIN_HEADER, size)
+                    return 1
+                self._partial, self._partial_have = bytearray(size), came
+                self._partial[:came] = b"".join(target)[:came]
+        return self._read_rest(connection, room, self._partial)
+
+    def _read_rest(self, connection: socket.socket, room: Room, frame: bytearray) -> int | None:
+        """Goes on with a frame that came in part, or that is read only to be dropped."""
+        if self._partial_have < len(frame):
+            # Room first: a whole frame kept here would not make the descriptor readable.
+            views = room.views()
+            if not views:
+                return None
+            rest = memoryview(frame)[self._partial_have :]
+            self._partial_have += self._some(connection.recv_into(rest))
+            if self._partial_have < len(frame):
+                return None
+        self._partial = None
+        self._prefix_have = 0
+        if len(frame) < ETHER_HEADER:
+            self.dropped["runt"] += 1
+            return 0
+        target = _first_bytes(room.views(), len(frame))
+        if target is None:
+            self.dropped["too long"] += 1
+            return 0
+        scatter([frame], target)
+        room.commit(PLAIN_HEADER, len(frame))
+        return 1
+
+    def _some(self, count: int) -> int:
+        """`count` bytes that came; none at all means that the peer hung up."""
+        if count:
+            return count
+        within = self._prefix_have or self._partial is not None
+        raise OSError(
+            errno.ECONNRESET,
+            f"the peer of {self._link.name} hung up" + (" within a frame" if within else ""),
+        )
+
+
+def _first_bytes(views: Sequence[memoryview], size: int) -> list[memoryview] | None:
+    """The first `size` bytes of `views`, None when they have not that many."""
+    target = []
+    for view in views:
+        if size <= len(view):
+            target.append(view[:size])
+            return target
+        target.append(view)
+        size -= len(view)
+    return None
+
+
+# --- sockets -------------------------------------------------------------------------------------
+
+
+def _connect(path: str) -> socket.socket:
+    connection = _socket()
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        raise _explained(error, path) from error
+    return connection
+
+
+def _listen(path: str) -> socket.socket:
+    _remove_dead(path)
+    listener = _socket()
+    try:
+        listener.bind(path)
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        raise _explained(error, path) from error
+    return listener
+
+
+def _socket() -> socket.socket:
+    endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    endpoint.setblocking(False)
+    return endpoint
+
+
+def _remove_dead(path: str) -> None:
+    """Makes way for a socket at `path`, if what is there is one that nobody serves any more."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"{path} is there already, and is not a socket")
+    with _socket() as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:  # served by somebody who is busy
+            pass
+    raise UsageError(f"{path} is served already by another program")
+
+
+def _explained(error: OSError, path: str) -> Exception:
+    """The same error with a sentence that says which socket, and what is wrong with it."""
+    if error.errno is None:  # Python's own, before it asked the kernel
+        return UsageError(f"{path!r} is too long for a socket's path")
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        reason = f"nobody listens at {path}"
+    elif error.errno == errno.EAGAIN:
+        reason = f"who listens at {path} takes no more clients now"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        reason = f"this user may not use the socket {path}"
+    else:
+        reason = f"the socket {path} cannot be used: {error.strerror}"
+    return OSError(error.errno, reason)
