@@ -1,1 +1,52 @@
-"""vq: write virtio device models in Python and run them."""
+"""vq: write virtio device models in Python and run them.
+
+The names here are what most programs need; everything else is in the modules, one job each:
+
+* a guest's RAM and its virtqueues: `vq.memory`, `vq.split_ring`, `vq.abi`
+* device models: `vq.device`, `vq.net`
+* what a net device is plugged into: `vq.link`, `vq.tap`, `vq.stream`, `vq.pcap_link`
+* the guest's side, for tests: `vq.driver`, `vq.net_driver`
+"""
+
+from vq.device import Device, Queue
+from vq.driver import DeviceError, Driver, DriverRing
+from vq.errors import (
+    AddressError,
+    CaptureError,
+    DriverError,
+    FrontendError,
+    UsageError,
+    VqError,
+)
+from vq.link import Link, LoopbackLink, NullLink, Port, link_pair
+from vq.memory import GuestMemory, Region
+from vq.net import NetDevice
+from vq.net_driver import NetDriver
+from vq.offload import Offload
+from vq.split_ring import Chain, SplitRing
+
+__all__ = [
+    "AddressError",
+    "CaptureError",
+    "Chain",
+    "Device",
+    "DeviceError",
+    "Driver",
+    "DriverError",
+    "DriverRing",
+    "FrontendError",
+    "GuestMemory",
+    "Link",
+    "LoopbackLink",
+    "NetDevice",
+    "NetDriver",
+    "NullLink",
+    "Offload",
+    "Port",
+    "Queue",
+    "Region",
+    "SplitRing",
+    "UsageError",
+    "VqError",
+    "link_pair",
+]

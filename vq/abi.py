@@ -53,6 +53,7 @@ __all__ = [
     "VringUsedHeader",
     "bits",
     "feature_mask",
+    "feature_names",
     "index_distance",
     "needs_event",
     "ring_layout",
@@ -150,6 +151,15 @@ def bits(mask: int) -> Iterator[int]:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
         mask ^= lowest
+
+
+def feature_names(features: int, device: type[enum.IntEnum]) -> list[str]:
+    """The names of the features in a set, lowest bit first; ``bit N`` for one without a name.
+
+    `device` has the bits of the device type, as `NetFeature` does.
+    """
+    known = {int(member): member.name for kind in (device, Feature) for member in kind}
+    return [known.get(bit, f"bit {bit}") for bit in bits(features)]
 
 
 # --- the split virtqueue (virtio 1.3, 2.7) -------------------------------------------------------

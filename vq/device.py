@@ -12,13 +12,14 @@ Nothing that a driver does raises here. A driver that breaks a rule gets a devic
 from __future__ import annotations
 
 import ctypes
+import enum
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from vq.abi import Feature, Status, bits, feature_mask
+from vq.abi import Feature, Status, bits, feature_mask, feature_names
 from vq.errors import DriverError, UsageError, VqError
 from vq.memory import GuestMemory
 from vq.split_ring import InflightLog, SplitRing
@@ -105,6 +106,8 @@ class Device(ABC):
 
     device_id: ClassVar[int]
     """Device type (virtio 1.3, 5)."""
+    feature_bits: ClassVar[type[enum.IntEnum]] = Feature
+    """The names of the features of this device type."""
     feature_needs: ClassVar[Mapping[int, int]] = {}
     """For a feature's bit number, the set of features of which it needs at least one."""
 
@@ -117,6 +120,8 @@ class Device(ABC):
 
     It calls `notify` again when it has been round. Without it `notify` works until all is done.
     """
+    on_watches_change: Callable[[], None] | None = None
+    """The event loop's: there are new `watches`."""
 
     def __init__(
         self,
@@ -137,7 +142,11 @@ class Device(ABC):
                 )
         self.memory = memory
         self.watches: list[Watch] = []
-        """The file descriptors that an event loop should watch for the device."""
+        """The file descriptors that an event loop should watch for the device.
+
+        They may change, see `on_watches_change`. One that leaves the list wants nothing any more,
+        and says so through its `on_change` while the descriptor is still open.
+        """
         self.config = config
         self.stats: Counter[str] = Counter()
         """What happened since the device was made, by name; a reset does not clear it."""
@@ -198,6 +207,8 @@ class Device(ABC):
             return
         self._status |= int(new) & ~int(Status.NEEDS_RESET)
         if new & Status.FEATURES_OK:
+            names = feature_names(self._driver_features, self.feature_bits)
+            log.info("%s: negotiated %s", type(self).__name__, ", ".join(names))
             self.features_negotiated(self._driver_features)
         if new & Status.DRIVER_OK:
             self.driver_ready()
@@ -294,9 +305,9 @@ class Device(ABC):
             self.stats["stray_kicks"] += 1
             return
         queue = self.queues[index]
-        while self.ready(queue):
+        while (ring := self.ready_ring(queue)) is not None:
             try:
-                more = self.process(queue)
+                more = self.process(queue, ring)
             except DriverError as error:
                 self._driver_broke(error)
                 return
@@ -343,13 +354,11 @@ class Device(ABC):
         queue.enabled = False
         return next_avail
 
-    def ready(self, queue: Queue) -> bool:
-        """Whether the device may work on a queue now (virtio 1.3, 2.1.2)."""
-        return (
-            queue.enabled
-            and queue.ring is not None
-            and self._status & _WORKING_BITS == _DRIVER_OK
-        )
+    def ready_ring(self, queue: Queue) -> SplitRing | None:
+        """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""
+        if queue.enabled and self._status & _WORKING_BITS == _DRIVER_OK:
+            return queue.ring
+        return None
 
     def close(self) -> None:
         """Gives back what the device holds of the host's. Closing twice is allowed."""
@@ -361,8 +370,8 @@ class Device(ABC):
     # --- for device models ----------------------------------------------------------------------
 
     @abstractmethod
-    def process(self, queue: Queue) -> bool:
-        """Works on a queue that may have new chains; returns whether there is more to do.
+    def process(self, queue: Queue, ring: SplitRing) -> bool:
+        """Works on a queue whose `ring` may have new chains; returns whether there is more to do.
 
         A turn is bounded: a burst or a few, so that one queue cannot keep others waiting. A
         `DriverError` that gets out means that the device needs a reset; so does any other error,
@@ -434,7 +443,7 @@ class Device(ABC):
         return None
 
     def _driver_broke(self, error: DriverError) -> None:
-        log.warning("driver error: %s", error)
+        log.warning("driver error: %s", str(error))  # not kept alive by a log record
         self.stats["driver_errors"] += 1
         self._fail(error)
 

@@ -109,6 +109,12 @@ class Link(ABC):
     """Frames shorter than this cannot be written, in bytes, net header not counted."""
     max_frame: int = MAX_FRAME
     """The largest frame that a read may give, in bytes, net header not counted."""
+    on_change: Callable[[], None] | None = None
+    """Called by the link when `is_up` or a port's `fileno` has become another.
+
+    It may come in the middle of a burst. A descriptor that goes is still open then, so that whoever
+    polls it can stop before its number means something else.
+    """
 
     def request_offloads(self, wanted: Offload) -> None:
         """Asks the link to deliver frames with at most these offloads left undone.

@@ -12,10 +12,11 @@ burst with at most one call. Towards the guest see `vq.net_receive`.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vq.abi import (
     CTRL_ERR,
@@ -38,7 +39,7 @@ from vq.device import RING_FEATURES, Device, Queue, Watch
 from vq.errors import DriverError, UsageError
 from vq.link import Frame, Link, Port
 from vq.memory import GuestMemory
-from vq.net_filter import ReceiveFilter
+from vq.net_filter import BROADCAST, ReceiveFilter
 from vq.net_receive import ReceiveWindow
 from vq.offload import (
     Offload,
@@ -49,7 +50,7 @@ from vq.offload import (
 )
 from vq.packet import copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
-from vq.split_ring import Chain
+from vq.split_ring import Chain, SplitRing
 
 __all__ = ["DEFAULT_MAC", "NetDevice"]
 
@@ -63,6 +64,8 @@ BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
 MAX_CONTROL = 65536
 """The longest control command in bytes; enough for 10,000 addresses."""
+_RARP_REQUEST = bytes.fromhex("80350001080006040003")
+_SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET = 14
 _ETHERNET_AND_VLANS = _ETHERNET + 2 * 4
 _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
@@ -70,6 +73,16 @@ _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meanin
 _CSUM = 1 << NetFeature.CSUM
 _GUEST_CSUM = 1 << NetFeature.GUEST_CSUM
 _CTRL_VQ = 1 << NetFeature.CTRL_VQ
+_FILTER_MODES = (
+    "promiscuous",
+    "all_multicast",
+    "all_unicast",
+    "no_multicast",
+    "no_unicast",
+    "no_broadcast",
+    "unicast_overflow",
+    "multicast_overflow",
+)
 ALWAYS_OFFERED = RING_FEATURES | feature_mask(
     (
         NetFeature.MAC,
@@ -104,6 +117,7 @@ class NetDevice(Device):
     """
 
     device_id = DeviceId.NET
+    feature_bits = NetFeature
     feature_needs: ClassVar[Mapping[int, int]] = {  # virtio 1.3, 5.1.3.1
         NetFeature.GUEST_TSO4: _GUEST_CSUM,
         NetFeature.GUEST_TSO6: _GUEST_CSUM,
@@ -240,7 +254,7 @@ class NetDevice(Device):
         self._windows.pop(queue.index, None)
         self._backlogs.pop(queue.index, None)
 
-    def process(self, queue: Queue) -> bool:
+    def process(self, queue: Queue, ring: SplitRing) -> bool:
         """One turn on a queue: a few bursts."""
         if self._working:
             # A link or a scripted driver called back from within our own work. One thing at a time.
@@ -249,11 +263,11 @@ class NetDevice(Device):
         self._working = True
         try:
             if queue.index == self._control_index:
-                more = self._control(queue)
+                more = self._control(queue, ring)
             elif queue.index % 2:
-                more = self._transmit(queue)
+                more = self._transmit(queue, ring)
             else:
-                more = self._receive(queue)
+                more = self._receive(queue, ring)
         finally:
             self._working = False
         while self._interrupted:
@@ -277,6 +291,59 @@ class NetDevice(Device):
         if self.has_feature(NetFeature.GUEST_ANNOUNCE):
             self.update_config(status=self.config_status | NetStatus.ANNOUNCE)
 
+    def send_rarp(self, mac: bytes) -> None:
+        """Broadcasts a RARP request that seems to come from `mac` (RFC 903).
+
+        After a migration it teaches switches where the guest is now, in place of a guest that
+        cannot announce itself.
+        """
+        addresses = mac + bytes(4) + mac + bytes(4)
+        request = BROADCAST + mac + _RARP_REQUEST + addresses
+        self._write(0, [[PLAIN_HEADER, request.ljust(_SHORTEST, b"\0")]])
+
+    def set_mtu(self, mtu: int) -> bool:
+        """Takes the MTU that the host's network has; False when the device told the guest more."""
+        return not self.device_features >> NetFeature.MTU & 1 or int(self._config.mtu) <= mtu
+
+    def save_state(self) -> bytes:
+        """What the driver set on the control queue, for `load_state` on another host."""
+        filters = self.filter
+        state = {
+            "modes": {name: getattr(filters, name) for name in _FILTER_MODES},
+            "unicast": sorted(address.hex() for address in filters.unicast),
+            "multicast": sorted(address.hex() for address in filters.multicast),
+            "vlans": None if filters.vlans is None else sorted(filters.vlans),
+            "mac": filters.mac.hex(),
+            "pairs": self._active_pairs,
+            "offloads": int(self._guest_offloads),
+        }
+        return json.dumps(state).encode()
+
+    def load_state(self, state: bytes) -> None:
+        """Takes over what `save_state` gave. Raises `UsageError` for anything else."""
+        try:
+            self._load(json.loads(state))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"this is not a network device's state: {error!r}") from None
+
+    def _load(self, state: dict[str, Any]) -> None:
+        filters = ReceiveFilter(bytes.fromhex(state["mac"]))
+        for name in _FILTER_MODES:
+            setattr(filters, name, bool(state["modes"][name]))
+        unicast, multicast = (
+            frozenset(map(bytes.fromhex, state[name])) for name in ("unicast", "multicast")
+        )
+        filters.unicast, filters.multicast = unicast, multicast
+        filters.vlans = None if state["vlans"] is None else set(map(int, state["vlans"]))
+        pairs = int(state["pairs"])
+        if len(filters.mac) != 6 or not 1 <= pairs <= self._max_pairs:
+            raise ValueError("an address or a number of queue pairs that cannot be")
+        self.filter = filters
+        self._config.mac[:] = filters.mac
+        self._guest_offloads = Offload(int(state["offloads"])) & self._guest_offloads
+        self._activate(pairs)
+        self._configure_receiving()
+
     @property
     def config_status(self) -> int:
         """`virtio_net_config.status`."""
@@ -284,10 +351,7 @@ class NetDevice(Device):
 
     # --- towards the host -------------------------------------------------------------------------
 
-    def _transmit(self, queue: Queue) -> bool:
-        ring = queue.ring
-        if ring is None:
-            return False
+    def _transmit(self, queue: Queue, ring: SplitRing) -> bool:
         if self._backlogs[queue.index] and not self._send_backlog(queue):
             return False
         ring.disable_kicks()
@@ -405,10 +469,9 @@ class NetDevice(Device):
 
     # --- towards the guest ------------------------------------------------------------------------
 
-    def _receive(self, queue: Queue) -> bool:
-        ring = queue.ring
+    def _receive(self, queue: Queue, ring: SplitRing) -> bool:
         window = self._windows.get(queue.index)
-        if ring is None or window is None:
+        if window is None:
             return False
         more = False
         ring.disable_kicks()
@@ -459,7 +522,7 @@ class NetDevice(Device):
         """Gives the guest a frame of the host's own making; False when it has no receive queue."""
         queue = self.queues[2 * pair]
         window = self._windows.get(queue.index)
-        if window is None or not self.ready(queue):
+        if window is None or self.ready_ring(queue) is None:
             return False
         window.deliver([PLAIN_HEADER, frame])
         self.notify(queue.index)
@@ -531,10 +594,7 @@ class NetDevice(Device):
 
     # --- the control queue (virtio 1.3, 5.1.6.5) --------------------------------------------------
 
-    def _control(self, queue: Queue) -> bool:
-        ring = queue.ring
-        if ring is None:
-            return False
+    def _control(self, queue: Queue, ring: SplitRing) -> bool:
         chains = ring.pop_burst(BURST)
         for chain in chains:
             if not chain.writable:
@@ -634,11 +694,14 @@ class NetDevice(Device):
         pairs = int.from_bytes(payload, "little")
         if len(payload) != 2 or not 1 <= pairs <= self._max_pairs:
             return False
-        self._active_pairs = pairs
-        self.link.activate_ports(min(pairs, len(self.link.ports)))
+        self._activate(pairs)
         for pair in range(pairs):
             self._interrupted.append(2 * pair)  # look for frames once this command is done
         return True
+
+    def _activate(self, pairs: int) -> None:
+        self._active_pairs = pairs
+        self.link.activate_ports(min(pairs, len(self.link.ports)))
 
     def _set_guest_offloads(self, command: int, payload: bytes) -> bool:
         negotiated = self.has_feature(NetFeature.CTRL_GUEST_OFFLOADS)

@@ -1,0 +1,68 @@
+"""Values that commands take on the command line, each turned into what it stands for.
+
+The functions for one word raise `argparse.ArgumentTypeError`, so that they can be an option's
+`type`; the others raise `UsageError`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+
+from vq.abi import MAX_QUEUE_SIZE, Feature, NetFeature
+from vq.errors import UsageError
+from vq.link import LoopbackLink
+from vq.net import NetDevice
+
+__all__ = ["mac_address", "net_features", "positive", "queue_size"]
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+def queue_size(text: str) -> int:
+    """Descriptors in a queue: a power of two from 1 to 32768 (virtio 1.3, 2.7)."""
+    size = positive(text)
+    if size & (size - 1) or size > MAX_QUEUE_SIZE:
+        raise argparse.ArgumentTypeError(
+            f"a queue's size is a power of two from 1 to {MAX_QUEUE_SIZE}, not {size}"
+        )
+    return size
+
+
+def mac_address(text: str) -> bytes:
+    """Six bytes of an Ethernet unicast address, written 02:00:00:00:00:01."""
+    with suppress(ValueError):
+        mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
+        if len(mac) == 6 and not mac[0] & 1 and any(mac):
+            return mac
+    raise argparse.ArgumentTypeError(f"{text!r} is not a unicast MAC address")
+
+
+def net_features(text: str, *, mtu: int | None = None, queue_pairs: int = 1) -> int:
+    """What a network device may offer: everything, changed by a comma list of +NAME and -NAME.
+
+    Names are the specification's without their prefix. Raises `UsageError` for a name that is not
+    one of the net device's, one that vq does not have, and for giving up VERSION_1.
+    """
+    known = {member.name: int(member) for kind in (NetFeature, Feature) for member in kind}
+    device = NetDevice(LoopbackLink(), mtu=mtu, queue_pairs=queue_pairs)
+    features = everything = device.device_features
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        sign, name = item[0], item[1:].strip().upper()
+        if sign not in "+-":
+            raise UsageError(f"write +{item} or -{item}: a feature is added or taken away")
+        if name not in known:
+            raise UsageError(f"{item[1:]!r} is not a feature of a virtio network device")
+        bit = 1 << known[name]
+        if sign == "+" and not everything & bit:
+            raise UsageError(f"{name} is a feature that vq's network device does not have here")
+        if sign == "-" and name == "VERSION_1":
+            raise UsageError("VERSION_1 cannot be given up: legacy devices are not served")
+        features = features | bit if sign == "+" else features & ~bit
+    return features
