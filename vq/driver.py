@@ -501,9 +501,16 @@ class DriverRing:
             self._next_used = (self._next_used + len(done) - before) & 0xFFFF
 
     def _take_in_order(self, done: list[Used], waiting: int, limit: int) -> None:
+        """Moves batches to `done` until `limit` chains are there or no element waits."""
+        goal = len(done) + limit
+        while waiting and len(done) < goal:
+            waiting -= self._take_batch(done, waiting)
+
+    def _take_batch(self, done: list[Used], waiting: int) -> int:
         """Moves one batch to `done`: an element stands for every chain up to its own.
 
         The chains that have no element of their own were used completely (virtio 1.3, 2.7.9).
+        Returns how many chains the batch had.
         """
         slot = self._next_used & self._mask
         last, written = _USED_ELEM.unpack_from(
@@ -525,6 +532,7 @@ class DriverRing:
             self._free.extend((head,) if chain.descriptors is None else chain.descriptors)
             done.append(Used(chain.token, head, written if head == last else chain.capacity))
         self._next_used = (self._next_used + batch) & 0xFFFF
+        return batch
 
     def _chain(self, head: int) -> _Chain:
         """The record of a chain that the device may give back, by the driver's own books."""

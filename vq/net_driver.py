@@ -103,6 +103,7 @@ _GUEST_GSO: dict[int, int] = {
 _ANY_GUEST_GSO = _GUEST_GSO[HdrGso.TCPV4] | _GUEST_GSO[HdrGso.TCPV6]
 _ANY_GUEST_GSO |= _GUEST_GSO[HdrGso.UDP] | _GUEST_GSO[HdrGso.UDP_L4]
 
+_NEEDS_CSUM = int(HdrFlag.NEEDS_CSUM)  # a plain int: this is asked for every frame
 _ETHERNET_HEADER = 14
 _PLAIN_FRAME = 1514  # virtio 1.3, 5.1.6.3
 _LARGEST_FRAME = 65589  # virtio 1.3, 5.1.6.3: with any of the GUEST_TSO, UFO or USO features
@@ -652,7 +653,7 @@ class NetDriver:
         count = header.num_buffers
         if count > 1:
             data = self._join(queue, data, written == buffer.capacity, count, emptied)
-        if header.flags & HdrFlag.NEEDS_CSUM:
+        if header.flags & _NEEDS_CSUM:
             end = header.csum_start + header.csum_offset + 2
             if end > len(data):
                 raise self._broken(queue, f"the checksum ends at {end} of {len(data)} bytes")
