@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
@@ -49,9 +49,6 @@ class StreamLink(Link):
     instead, and a client with `reconnect` tries again on the next write, once a second: until then
     `is_up` is false and frames are dropped as ``not connected``.
     """
-
-    on_change: Callable[[], None] | None = None
-    """Called when a peer came or went: `is_up`, and the port's `fileno` to poll, have changed."""
 
     def __init__(self, connection: socket.socket | None, *, name: str = "stream") -> None:
         """Takes a connected stream socket over; None for a link that has no peer yet."""
@@ -131,12 +128,12 @@ class StreamLink(Link):
 
     def _hang_up(self) -> bool:
         """Ends the connection; returns whether there may be another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
             self._last_try = time.monotonic()
-            if self.on_change is not None:
+            if self.on_change is not None:  # while nobody else can have the descriptor's number
                 self.on_change()
+            connection.close()
         return self._listener is not None or self._reconnect_path is not None
 
     def _poll_fd(self) -> int | None:
