@@ -17,7 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
 from vq.errors import DriverError, UsageError, VqError
@@ -27,6 +27,9 @@ from vq.split_ring import InflightLog, SplitRing
 __all__ = ["RING_FEATURES", "Device", "Queue", "Watch", "with_needs_met"]
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 RING_FEATURES = feature_mask(
     (
@@ -209,9 +212,9 @@ class Device(ABC):
         if new & Status.FEATURES_OK:
             names = feature_names(self._driver_features, self.feature_bits)
             log.info("%s: negotiated %s", type(self).__name__, ", ".join(names))
-            self.features_negotiated(self._driver_features)
+            self._run("features_negotiated", self.features_negotiated, self._driver_features)
         if new & Status.DRIVER_OK:
-            self.driver_ready()
+            self._run("driver_ready", self.driver_ready)
 
     @property
     def config_generation(self) -> int:
@@ -257,6 +260,14 @@ class Device(ABC):
         """
         try:
             queue = self._queue(index)
+            if not self._status & Status.FEATURES_OK:
+                raise DriverError(
+                    "a queue set up before FEATURES_OK", queue=queue.name, section="3.1.1"
+                )
+            if queue.ring is not None:
+                raise DriverError(
+                    "a queue set up again without a reset", queue=queue.name, section="2.6.1"
+                )
             if self.memory is None:
                 raise UsageError("the device has no guest memory yet")
             if size > queue.max_size:
@@ -282,13 +293,13 @@ class Device(ABC):
             self._driver_broke(error)
             return
         queue.enabled = True
-        self.queue_started(queue)
+        self._run("queue_started", self.queue_started, queue)
 
     def reset_queue(self, index: int) -> None:
         """The driver resets one queue; it may set it up again (virtio 1.3, 2.6.1)."""
         try:
             queue = self._queue(index)
-            if not self._driver_features >> Feature.RING_RESET & 1:
+            if not self.has_feature(Feature.RING_RESET):
                 raise DriverError(
                     "a queue reset although RING_RESET was not negotiated",
                     queue=queue.name,
@@ -306,17 +317,7 @@ class Device(ABC):
             return
         queue = self.queues[index]
         while (ring := self.ready_ring(queue)) is not None:
-            try:
-                more = self.process(queue, ring)
-            except DriverError as error:
-                self._driver_broke(error)
-                return
-            except Exception as error:
-                # A fault of ours must not become the death of every other guest's device.
-                log.exception("%s: the device model failed", queue.name)
-                self._fail(error)
-                return
-            if not more:
+            if not self._run(queue.name, self.process, queue, ring):
                 return
             if self.on_work_left is not None:
                 self.on_work_left(index)
@@ -331,12 +332,13 @@ class Device(ABC):
         self._status = 0
         self._driver_features = 0
         self.fault = None
-        if self.config is not None:
+        if self.config is not None and bytes(self.config) != self._initial_config:
             ctypes.memmove(
                 ctypes.addressof(self.config), self._initial_config, len(self._initial_config)
             )
+            self._generation = (self._generation + 1) & 0xFFFFFFFF
         self.stats["resets"] += 1
-        self.device_reset()
+        self._run("device_reset", self.device_reset)
 
     def stop_queue(self, index: int) -> int:
         """Takes a queue's ring away; returns the position from which to go on later.
@@ -397,9 +399,15 @@ class Device(ABC):
         """The device was reset: forget what the driver set."""
 
     def update_config(self, **fields: object) -> None:
-        """Changes fields of the configuration space and tells the driver (virtio 1.3, 2.5)."""
+        """Changes fields of the configuration space and tells the driver (virtio 1.3, 2.5).
+
+        Raises `UsageError` when there is no such field.
+        """
         if self.config is None:
             raise UsageError("this device has no configuration space")
+        for name in fields:
+            if not hasattr(self.config, name):
+                raise UsageError(f"the configuration space has no {name}")
         for name, value in fields.items():
             setattr(self.config, name, value)
         self._generation = (self._generation + 1) & 0xFFFFFFFF
@@ -427,7 +435,19 @@ class Device(ABC):
         queue.enabled = False
         if queue.ring is not None:
             queue.ring = None
-            self.queue_dropped(queue)
+            self._run("queue_dropped", self.queue_dropped, queue)
+
+    def _run(self, what: str, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Lets the device model take a step; None when that failed: the device needs a reset."""
+        try:
+            return step(*args, **kwargs)
+        except DriverError as error:
+            self._driver_broke(error)
+        except Exception as error:
+            # A fault of ours must not become the death of every other guest's device.
+            log.exception("%s: the device model failed", what)
+            self._fail(error)
+        return None
 
     def _refusal(self) -> str | None:
         """Why the accepted features cannot be, or None."""
@@ -450,9 +470,9 @@ class Device(ABC):
     def _fail(self, error: Exception) -> None:
         """DEVICE_NEEDS_RESET, with its notification once the driver is up (virtio 1.3, 2.1.2)."""
         self.fault = error
+        self._status |= int(Status.NEEDS_RESET)  # first: a driver may reset from within a call
         for queue in self.queues:
             self.publish(queue)  # what was done before the fault is the driver's
-        self._status |= int(Status.NEEDS_RESET)
         self._notify_config_change()
 
     def _notify_config_change(self) -> None:

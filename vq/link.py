@@ -178,7 +178,7 @@ class QueuePort(Port):
         peer = self.peer
         taken = frames[: peer.limit - len(peer._waiting)]
         for frame in taken:
-            if sum(map(len, frame)) > MAX_FRAME:
+            if sum(map(len, frame)) > len(frame[0]) + MAX_FRAME:
                 self.dropped["too long"] += 1
             else:
                 peer._waiting.append((bytes(frame[0]), b"".join(frame[1:])))

@@ -16,7 +16,8 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from vq.abi import (
     CTRL_ERR,
@@ -33,6 +34,7 @@ from vq.abi import (
     NetConfig,
     NetFeature,
     NetStatus,
+    Status,
     feature_mask,
 )
 from vq.device import RING_FEATURES, Device, Queue, Watch
@@ -48,16 +50,23 @@ from vq.offload import (
     guest_offloads,
     host_offloads,
 )
-from vq.packet import copy_range, cut
+from vq.packet import Buffer, copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
 from vq.split_ring import Chain, SplitRing
 
-__all__ = ["DEFAULT_MAC", "NetDevice"]
+__all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
 """A locally administered unicast address, for devices whose maker did not choose one."""
+Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
+"""Is shown a frame from the guest, and gives the whole frame that answers it, or None.
+
+The pieces are views of guest memory, whose bytes may change between two looks at them.
+"""
 MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
 BURSTS_PER_TURN = 4
@@ -73,6 +82,7 @@ _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meanin
 _CSUM = 1 << NetFeature.CSUM
 _GUEST_CSUM = 1 << NetFeature.GUEST_CSUM
 _CTRL_VQ = 1 << NetFeature.CTRL_VQ
+_FILTERS = 1 << NetFeature.CTRL_VLAN | 1 << NetFeature.CTRL_RX_EXTRA
 _FILTER_MODES = (
     "promiscuous",
     "all_multicast",
@@ -98,7 +108,10 @@ ALWAYS_OFFERED = RING_FEATURES | feature_mask(
         NetFeature.GUEST_ANNOUNCE,
     )
 )
-OFFLOAD_FEATURES = features_for_host(~Offload.NONE) | features_for_guest(~Offload.NONE)
+GUEST_OFFLOAD_FEATURES = features_for_guest(~Offload.NONE)
+OFFLOAD_FEATURES = features_for_host(~Offload.NONE) | GUEST_OFFLOAD_FEATURES
+# They mean nothing without the control queue, though 5.1.3.1 lets a driver accept them alone.
+_ONLY_WITH_CTRL_VQ = feature_mask((NetFeature.CTRL_RX_EXTRA, NetFeature.CTRL_GUEST_OFFLOADS))
 
 
 class NetDevice(Device):
@@ -110,10 +123,13 @@ class NetDevice(Device):
     is offered. With `lock_mac` frames that the guest sends from another address are dropped, and
     frames for others never touch the guest's memory. With `complete_checksums` the guest gets no
     partial checksums, even if it takes them: for programs in it that read raw frames and know
-    nothing of offloads, as DHCP clients do.
+    nothing of offloads, as DHCP clients do. `responders` are asked in turn about each frame that
+    the guest sends (`vq.dhcp.LocalDhcp.answer` is one): one that is answered does not go to the
+    link, and its answer goes to the guest.
 
     The device closes the link when it is closed. Statistics are in `stats`: ``tx_frames``,
-    ``tx_bytes``, ``rx_frames``, ``rx_bytes``, ``tx_dropped: reason`` and ``rx_dropped: reason``.
+    ``tx_bytes``, ``rx_frames``, ``rx_bytes``, ``tx_dropped: reason`` and ``rx_dropped: reason``;
+    ``tx_answered`` counts frames for responders.
     """
 
     device_id = DeviceId.NET
@@ -151,6 +167,7 @@ class NetDevice(Device):
         features: int = -1,
         lock_mac: bool = False,
         complete_checksums: bool = False,
+        responders: Sequence[Responder] = (),
         memory: GuestMemory | None = None,
     ) -> None:
         if len(mac) != 6 or mac[0] & 1 or not any(mac):
@@ -166,6 +183,8 @@ class NetDevice(Device):
             offered |= 1 << NetFeature.MTU
         if queue_pairs > 1:
             offered |= 1 << NetFeature.MQ
+        if not features & _CTRL_VQ:
+            offered &= ~_ONLY_WITH_CTRL_VQ
         config = NetConfig(
             mac=(ctypes.c_uint8 * 6)(*mac),
             status=NetStatus.LINK_UP if link.is_up else 0,
@@ -186,14 +205,18 @@ class NetDevice(Device):
         self.mac = mac
         self.lock_mac = lock_mac
         self.complete_checksums = complete_checksums
+        self._responders = tuple(responders)
         self._max_pairs = queue_pairs
+        self._link_up = link.is_up
         self._working = False
+        self._catching_up = False
         self._interrupted: list[int] = []  # queues that wanted attention in the meantime
         self._broken: set[int] = set()  # ports whose end of the link is gone
         self._port_watches: list[Watch | None] = [
             self._watch_port(index, port) for index, port in enumerate(link.ports)
         ]
         self.watches = [watch for watch in self._port_watches if watch is not None]
+        link.on_change = self._link_changed
         self.device_reset()
 
     # --- Device -----------------------------------------------------------------------------------
@@ -204,33 +227,41 @@ class NetDevice(Device):
         self._guest_offloads = guest_offloads(features)
         if features >> NetFeature.CTRL_VLAN & 1:
             self.filter.vlans = set()
-        pairs = self._max_pairs if features >> NetFeature.MQ & 1 else 1
-        self._control_index = 2 * pairs if features & _CTRL_VQ else None
+        if features & _FILTERS and not features >> NetFeature.CTRL_RX & 1:
+            # Promiscuous mode prevails over all filters, and this driver could not turn it off.
+            self.filter.promiscuous = False
+            self.filter.all_unicast = self.filter.all_multicast = True
+        self._pairs = self._max_pairs if features >> NetFeature.MQ & 1 else 1
+        self._control_index = 2 * self._pairs if features & _CTRL_VQ else None
         self._configure_receiving()
 
     def driver_ready(self) -> None:
         """The driver is there: frames that wait in the link may come."""
+        self._activate_ports()
         for queue in self.queues:
             self.notify(queue.index)
 
     def device_reset(self) -> None:
-        """Forgets all that the driver set (virtio 1.3, 2.4)."""
+        """Forgets all that the driver set (virtio 1.3, 2.4), but not whether the cable is in."""
+        self._config.status = int(NetStatus.LINK_UP) if self._link_up else 0
         self.filter = ReceiveFilter(self.mac)
         self._host_offloads = Offload.NONE
         self._guest_offloads = Offload.NONE
         self._control_index = None
+        self._pairs = 1
         self._active_pairs = 1
+        self._interrupted.clear()
         self._windows: dict[int, ReceiveWindow] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
-        self.link.activate_ports(1)
-        self.link.request_offloads(Offload.NONE)
+        self._ask_link(self.link.activate_ports, 1)
+        self._ask_link(self.link.request_offloads, Offload.NONE)
 
     def queue_started(self, queue: Queue) -> None:
         """Makes a receive queue's window or a transmit queue's backlog."""
-        if queue.index == self._control_index or queue.ring is None:
-            return
+        if queue.index >= 2 * self._pairs or queue.ring is None:
+            return  # the control queue, or one of a pair that was not negotiated
         if queue.index % 2:
             self._backlogs[queue.index] = deque()
         else:
@@ -238,27 +269,36 @@ class NetDevice(Device):
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
             )
             self._configure_receiving()
+        if self.status & Status.DRIVER_OK:
+            self._activate_ports()
 
     def queue_stopping(self, queue: Queue) -> None:
         """Puts unused receive buffers back; frames that a full link never took are dropped."""
-        window = self._windows.pop(queue.index, None)
+        window = self._windows.get(queue.index)
         if window is not None:
             window.put_back()
-        backlog = self._backlogs.pop(queue.index, None)
+        backlog = self._backlogs.get(queue.index)
         if backlog and queue.ring is not None:
-            self.stats["tx_dropped: queue stopped"] += len(backlog)
             queue.ring.push_burst([chain for _, chain in backlog if chain is not None])
+        self.queue_dropped(queue)
+        if window is not None:
+            self._activate_ports()
 
     def queue_dropped(self, queue: Queue) -> None:
-        """The ring is gone, and all that was popped from it."""
-        self._windows.pop(queue.index, None)
-        self._backlogs.pop(queue.index, None)
+        """The ring is gone, and all that was popped from it; frames on their way are dropped."""
+        window = self._windows.pop(queue.index, None)
+        if window is not None:
+            window.drop_pending("queue stopped")
+        backlog = self._backlogs.pop(queue.index, None)
+        if backlog:
+            self.stats["tx_dropped: queue stopped"] += len(backlog)
 
     def process(self, queue: Queue, ring: SplitRing) -> bool:
         """One turn on a queue: a few bursts."""
         if self._working:
             # A link or a scripted driver called back from within our own work. One thing at a time.
-            self._interrupted.append(queue.index)
+            if queue.index not in self._interrupted:
+                self._interrupted.append(queue.index)
             return False
         self._working = True
         try:
@@ -270,18 +310,41 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        while self._interrupted:
-            self.notify(self._interrupted.pop(0))
+        self._catch_up()
         return more
+
+    def _catch_up(self) -> None:
+        """Sees to the queues that wanted attention; not nested, however they call each other."""
+        if self._catching_up:
+            return
+        self._catching_up = True
+        try:
+            while self._interrupted:
+                self.notify(self._interrupted.pop(0))
+        finally:
+            self._catching_up = False
+
+    def _holds(self, queue: Queue, ring: SplitRing) -> bool:
+        """Whether `ring` is still ours to work on.
+
+        A driver may act from within any notification. After a reset the memory is its own again.
+        """
+        return self.ready_ring(queue) is ring
 
     def close(self) -> None:
         """Closes the link."""
+        for watch in self.watches:
+            watch.want(reading=False, writing=False)
         self.link.close()
 
     # --- for hosts --------------------------------------------------------------------------------
 
     def set_link_up(self, up: bool) -> None:
-        """Tells the guest whether its cable is in (virtio 1.3, 5.1.4: status)."""
+        """Tells the guest whether its cable is in (virtio 1.3, 5.1.4: status).
+
+        It holds until the link itself comes or goes.
+        """
+        self._link_up = up
         status = self.config_status & ~NetStatus.LINK_UP | (NetStatus.LINK_UP if up else 0)
         if status != self.config_status:
             self.update_config(status=status)
@@ -352,16 +415,25 @@ class NetDevice(Device):
     # --- towards the host -------------------------------------------------------------------------
 
     def _transmit(self, queue: Queue, ring: SplitRing) -> bool:
-        if self._backlogs[queue.index] and not self._send_backlog(queue):
+        backlog = self._backlogs.get(queue.index)
+        if backlog is None:
+            return False
+        if backlog and not (self._send_backlog(queue, ring) and self._holds(queue, ring)):
             return False
         ring.disable_kicks()
         for _ in range(BURSTS_PER_TURN):
             chains = ring.pop_burst(BURST)
             if chains:
                 burst = self._burst(queue, chains)
-                blocked = not self._send(queue, burst.frames, burst.owners)
-                ring.write_used_burst(burst.dropped)
-                self.publish(queue)
+                blocked = not self._send(queue, ring, burst.frames, burst.owners)
+                if self._holds(queue, ring):
+                    ring.write_used_burst(burst.dropped)
+                    self.publish(queue)
+                if not self._holds(queue, ring):
+                    return False
+                for answer in burst.answers:
+                    if not self.inject(answer):
+                        self.stats["rx_dropped: no room for an answer"] += 1
                 if burst.fault is not None:
                     raise burst.fault
                 if blocked:
@@ -377,6 +449,7 @@ class NetDevice(Device):
         burst = _Burst()
         frames, owners = burst.frames, burst.owners
         lock_mac = self.lock_mac
+        responders = self._responders
         for chain in chains:
             pieces = chain.readable
             if chain.writable or not pieces:
@@ -399,6 +472,8 @@ class NetDevice(Device):
             if lock_mac and not self._lock_source(frame):
                 self._drop_sent(burst, chain, "source address")
             elif header.startswith(_NOTHING_UNDONE):
+                if responders and self._answered(burst, chain, frame):
+                    continue
                 frame[0] = PLAIN_HEADER
                 frames.append(frame)
                 owners.append(chain)
@@ -410,6 +485,8 @@ class NetDevice(Device):
         """Checks a frame that leaves work undone, and does the part that the link does not do."""
         try:
             checked = check_frame(frame, sum(map(len, frame[1:])), self._host_offloads)
+            if self._responders and self._answered(burst, chain, checked):
+                return
             finished = finish(checked, self.link.accepts)
         except HeaderLie as lie:
             self._drop_sent(burst, chain, lie.reason)
@@ -417,6 +494,17 @@ class NetDevice(Device):
         burst.frames += finished
         burst.owners += [None] * (len(finished) - 1)
         burst.owners.append(chain)
+
+    def _answered(self, burst: _Burst, chain: Chain, frame: Frame) -> bool:
+        """Whether a responder answers a frame; then that is all that becomes of it."""
+        for responder in self._responders:
+            answer = responder(frame[1:])
+            if answer is not None:
+                self.stats["tx_answered"] += 1
+                burst.answers.append(answer)
+                burst.dropped.append(chain)
+                return True
+        return False
 
     def _lock_source(self, frame: Frame) -> bool:
         """Whether the frame comes from our own address; its Ethernet header becomes private."""
@@ -428,42 +516,52 @@ class NetDevice(Device):
         self.stats["tx_dropped: " + reason] += 1
         burst.dropped.append(chain)
 
-    def _send(self, queue: Queue, frames: Sequence[Frame], owners: Sequence[Chain | None]) -> bool:
+    def _send(
+        self,
+        queue: Queue,
+        ring: SplitRing,
+        frames: Sequence[Frame],
+        owners: Sequence[Chain | None],
+    ) -> bool:
         """Gives frames to the link, and the chains of those it took back to the guest.
 
         What the link has no room for is kept for later; then the answer is False.
         """
-        if not frames or queue.ring is None:
+        if not frames:
             return True
         sent = self._write(self._port_index(queue), frames)
+        if not self._holds(queue, ring):
+            return False
         done = owners if sent == len(owners) else owners[:sent]
-        queue.ring.write_used_burst([chain for chain in done if chain is not None])
-        self.stats["tx_frames"] += sent
-        self.stats["tx_bytes"] += sum(map(_length, frames[:sent])) - NET_HDR_SIZE * sent
+        ring.write_used_burst([chain for chain in done if chain is not None])
         if sent == len(frames):
             return True
         self._backlogs[queue.index].extend(zip(frames[sent:], owners[sent:], strict=True))
-        self._want_writable(queue, True)
+        self._watch_writing(self._port_index(queue))
         return False
 
-    def _send_backlog(self, queue: Queue) -> bool:
+    def _send_backlog(self, queue: Queue, ring: SplitRing) -> bool:
         """Tries again what the link had no room for; whether it took all of it."""
         backlog = self._backlogs[queue.index]
         frames = [frame for frame, _ in backlog]
         owners = [chain for _, chain in backlog]
         backlog.clear()
-        all_sent = self._send(queue, frames, owners)
+        all_sent = self._send(queue, ring, frames, owners)
         if all_sent:
-            self._want_writable(queue, False)
+            self._watch_writing(self._port_index(queue))
         self.publish(queue)
         return all_sent
 
     def _write(self, port_index: int, frames: Sequence[Frame]) -> int:
         if port_index not in self._broken:
             try:
-                return self.link.ports[port_index].write_burst(frames)
+                sent = self.link.ports[port_index].write_burst(frames)
             except OSError as error:
                 self._port_broke(port_index, error)
+            else:
+                self.stats["tx_frames"] += sent
+                self.stats["tx_bytes"] += sum(map(_length, frames[:sent])) - NET_HDR_SIZE * sent
+                return sent
         self.stats["tx_dropped: link gone"] += len(frames)
         return len(frames)
 
@@ -478,10 +576,12 @@ class NetDevice(Device):
         try:
             window.retry()
             if self._port_feeds(queue):
-                more = self._read_bursts(queue, window)
+                more = self._read_bursts(queue, ring, window)
         finally:
-            if window.flush():
+            if self._holds(queue, ring) and window.flush():
                 self.publish(queue)
+        if not self._holds(queue, ring):
+            return False
         if window.starved:
             if ring.enable_kicks():
                 return True
@@ -490,18 +590,16 @@ class NetDevice(Device):
             self._want_readable(queue, True)
         return more
 
-    def _read_bursts(self, queue: Queue, window: ReceiveWindow) -> bool:
+    def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
         """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
-        if index in self._broken:
-            return False
         port = self.link.ports[index]
         try:
             for _ in range(BURSTS_PER_TURN):
                 moved = port.read_burst(window, BURST)
-                if window.flush():
+                if self._holds(queue, ring) and window.flush():
                     self.publish(queue)
-                if moved < BURST:
+                if moved < BURST or not self._holds(queue, ring):
                     return False
         except OSError as error:
             self._port_broke(index, error)
@@ -511,21 +609,48 @@ class NetDevice(Device):
     def _port_feeds(self, queue: Queue) -> bool:
         """Whether frames of a port go to this receive queue.
 
-        Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6). Where the transport
-        keeps the control queue to itself, it enables the queues of active pairs and no others.
+        Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6).
         """
         pair = queue.index // 2
-        hidden = self._control_index is not None and not self.queues[self._control_index].enabled
-        return pair < len(self.link.ports) and (pair < self._active_pairs or hidden)
+        has_port = pair < len(self.link.ports) and pair not in self._broken
+        return has_port and self._pair_is_active(pair)
+
+    def _pair_is_active(self, pair: int) -> bool:
+        return pair < self._active_pairs or self._control_hidden
+
+    @property
+    def _control_hidden(self) -> bool:
+        """Whether the transport keeps the control queue to itself.
+
+        Then it enables the queues of active pairs and no others.
+        """
+        return self._control_index is not None and not self.queues[self._control_index].enabled
+
+    def _activate_ports(self) -> None:
+        """Has the link use the ports of active pairs only, and the event loop leave the others."""
+        pairs = self._active_pairs
+        if self._control_hidden:
+            pairs = max((index // 2 + 1 for index in self._windows), default=1)
+        count = min(pairs, len(self.link.ports))
+        self._ask_link(self.link.activate_ports, count)
+        for index in range(count, len(self.link.ports)):
+            watch = self._port_watches[index]
+            if watch is not None:
+                watch.want(reading=False, writing=False)
+                self._port_writable(index)  # for what waits there
 
     def inject(self, frame: bytes, *, pair: int = 0) -> bool:
-        """Gives the guest a frame of the host's own making; False when it has no receive queue."""
-        queue = self.queues[2 * pair]
-        window = self._windows.get(queue.index)
-        if window is None or self.ready_ring(queue) is None:
+        """Gives the guest a frame of the host's own making, past all filters.
+
+        False when the guest has no receive queue, or leaves too many of them waiting for buffers.
+        """
+        window = self._windows.get(2 * pair)
+        if window is None or not self._pair_is_active(pair):
             return False
-        window.deliver([PLAIN_HEADER, frame])
-        self.notify(queue.index)
+        queue = self.queues[2 * pair]
+        if self.ready_ring(queue) is None or not window.add([PLAIN_HEADER, frame]):
+            return False
+        self.notify(queue.index)  # while the device is at work already: once it is done
         return True
 
     def _configure_receiving(self) -> None:
@@ -544,7 +669,18 @@ class NetDevice(Device):
                 private=self.lock_mac,
                 largest_plain=None if mtu is None else mtu + _ETHERNET_AND_VLANS,
             )
-        self.link.request_offloads(takes)
+        self._ask_link(self.link.request_offloads, takes)
+
+    def _ask_link(self, request: Callable[[T], None], argument: T) -> None:
+        """Asks something of the link; one that is gone refuses, and the guest's device lives on.
+
+        Nothing is relied on: what is left undone all the same is finished here, and the next
+        frame finds out whether the link is there.
+        """
+        try:
+            request(argument)
+        except OSError as error:
+            log.warning("%s: the link refused: %s", self.link.name, error)
 
     def _wants_locked(self, start: bytes) -> bool:
         """Frames for this guest, whatever mode it sets: others' are not for its eyes."""
@@ -557,15 +693,8 @@ class NetDevice(Device):
         return queue.index // 2 % len(self.link.ports)
 
     def _watch_port(self, index: int, port: Port) -> Watch | None:
-        def readable() -> None:
-            if 2 * index < len(self.queues) - 1:
-                self.notify(2 * index)
-
-        def writable() -> None:
-            for queue_index in list(self._backlogs):
-                if self._port_index(self.queues[queue_index]) == index:
-                    self.notify(queue_index)
-
+        readable = partial(self._port_readable, index)
+        writable = partial(self._port_writable, index)
         fd = port.fileno()
         if fd is not None:
             return Watch(fd, readable=readable, writable=writable)
@@ -573,16 +702,64 @@ class NetDevice(Device):
         port.on_writable = writable
         return None
 
+    def _port_readable(self, index: int) -> None:
+        if index < self._max_pairs:
+            queue = self.queues[2 * index]
+            if self.ready_ring(queue) is None:  # it is looked at when it is ready again
+                self._want_readable(queue, False)
+            else:
+                self.notify(queue.index)
+
+    def _port_writable(self, index: int) -> None:
+        # All of them: a port in this process calls while we still write to it, and what it did not
+        # take is in no backlog yet.
+        for queue_index in list(self._backlogs):
+            if self._port_index(self.queues[queue_index]) == index:
+                self.notify(queue_index)
+        self._watch_writing(index)
+
+    def _waiting_for(self, port_index: int) -> list[int]:
+        """The queues with frames that a port did not take yet."""
+        return [
+            index
+            for index, backlog in self._backlogs.items()
+            if backlog
+            and self._port_index(self.queues[index]) == port_index
+            and self.ready_ring(self.queues[index]) is not None
+        ]
+
+    def _link_changed(self) -> None:
+        """The link came or went, or a port has another descriptor; perhaps in our own work."""
+        changed = []
+        for index, port in enumerate(self.link.ports):
+            watch = self._port_watches[index]
+            if port.fileno() == (None if watch is None else watch.fd):
+                continue
+            if watch is not None:
+                watch.want(reading=False, writing=False)
+            self._port_watches[index] = self._watch_port(index, port)
+            changed.append(index)
+        if changed:
+            self.watches = [watch for watch in self._port_watches if watch is not None]
+            if self.on_watches_change is not None:
+                self.on_watches_change()
+        for index in changed:
+            # The loop calls at once if there is something to read already.
+            if 2 * index in self._windows and index not in self._broken:
+                self._want_readable(self.queues[2 * index], True)
+            self._port_writable(index)
+        self.set_link_up(self.link.is_up and not self._broken)
+
     def _want_readable(self, queue: Queue, reading: bool) -> None:
         if queue.index // 2 < len(self._port_watches):
             watch = self._port_watches[queue.index // 2]
             if watch is not None:
                 watch.want(reading=reading and self._port_feeds(queue))
 
-    def _want_writable(self, queue: Queue, writing: bool) -> None:
-        watch = self._port_watches[self._port_index(queue)]
+    def _watch_writing(self, port_index: int) -> None:
+        watch = self._port_watches[port_index]
         if watch is not None:
-            watch.want(writing=writing)
+            watch.want(writing=bool(self._waiting_for(port_index)))
 
     def _port_broke(self, index: int, error: OSError) -> None:
         log.error("%s: the link broke: %s", self.link.name, error)
@@ -598,8 +775,7 @@ class NetDevice(Device):
         chains = ring.pop_burst(BURST)
         for chain in chains:
             if not chain.writable:
-                chain.written = 0
-                ring.push_burst([chain])
+                ring.write_used(chain)
                 raise DriverError(
                     "a control command without room for its ack",
                     queue=queue.name,
@@ -607,12 +783,14 @@ class NetDevice(Device):
                     section="5.1.6.5",
                 )
             done = self._command(copy_range(chain.readable, 0, MAX_CONTROL + 1))
+            if not self._holds(queue, ring):
+                return False
             chain.writable[0][0] = CTRL_OK if done else CTRL_ERR
             chain.written = 1
             ring.write_used(chain)
             self.stats["control_commands" if done else "control_refused"] += 1
         self.publish(queue)
-        return bool(chains) or ring.enable_kicks()
+        return self._holds(queue, ring) and (bool(chains) or ring.enable_kicks())
 
     def _command(self, data: bytes) -> bool:
         """Carries out one command; False refuses it."""
@@ -695,20 +873,23 @@ class NetDevice(Device):
         if len(payload) != 2 or not 1 <= pairs <= self._max_pairs:
             return False
         self._activate(pairs)
-        for pair in range(pairs):
-            self._interrupted.append(2 * pair)  # look for frames once this command is done
+        for index, window in self._windows.items():
+            if index < 2 * pairs:
+                self._interrupted.append(index)  # look for frames once this command is done
+            else:
+                window.drop_pending("queue stopped")
         return True
 
     def _activate(self, pairs: int) -> None:
         self._active_pairs = pairs
-        self.link.activate_ports(min(pairs, len(self.link.ports)))
+        self._activate_ports()
 
     def _set_guest_offloads(self, command: int, payload: bytes) -> bool:
         negotiated = self.has_feature(NetFeature.CTRL_GUEST_OFFLOADS)
         if command != CtrlGuestOffloads.SET or not negotiated or len(payload) != 8:
             return False
         wanted = int.from_bytes(payload, "little")
-        if wanted & ~(self.driver_features & OFFLOAD_FEATURES):
+        if wanted & ~(self.driver_features & GUEST_OFFLOAD_FEATURES):
             return False
         self._guest_offloads = guest_offloads(wanted)
         return True
@@ -722,6 +903,8 @@ class _Burst:
         self.owners: list[Chain | None] = []
         """For each frame the chain that is done with it: None for all but the last segment."""
         self.dropped: list[Chain] = []
+        self.answers: list[bytes] = []
+        """What responders have to say to some of those."""
         self.fault: DriverError | None = None
 
     def misfit(self, queue: Queue, chain: Chain) -> None:

@@ -108,9 +108,11 @@ _ETHERNET_HEADER = 14
 _PLAIN_FRAME = 1514  # virtio 1.3, 5.1.6.3
 _LARGEST_FRAME = 65589  # virtio 1.3, 5.1.6.3: with any of the GUEST_TSO, UFO or USO features
 
+_CONTROL_QUEUE_SIZE = 64  # a command takes two descriptors or more, whatever the other queues have
 _RECEIVE_BYTES = 4 << 20  # what the buffers of one receive queue take at most, if two fit
 _BUFFER_SIZES = (2048, 16384, 69632)
 _REMEMBERED = 4096
+_CACHE_LINE = 64
 
 
 class NetHeader(NamedTuple):
@@ -395,7 +397,8 @@ class NetDriver:
             self._take_into_use(transmit)
         if self.has_feature(NetFeature.CTRL_VQ):  # virtio 1.3, 5.1.2: behind all pairs there are
             index = 2 * settings.max_pairs
-            self._control = _Queue(index, self.driver.setup_queue(index))
+            size = max(self.driver.queue_size, _CONTROL_QUEUE_SIZE)
+            self._control = _Queue(index, self.driver.setup_queue(index, size))
             self._control.ring.disable_calls()
 
     def _take_into_use(self, queue: _Queue) -> None:
@@ -880,7 +883,9 @@ class NetDriver:
         self._spare[buffer.size].append(buffer)
 
     def _allocate(self, size: int) -> _Buffer:
-        buffer = _Buffer(self._memory, self._allocator.allocate(size, 64), size)
+        # In whole cache lines: gaps between buffers would make the allocator's list long.
+        gpa = self._allocator.allocate(size + -size % _CACHE_LINE, _CACHE_LINE)
+        buffer = _Buffer(self._memory, gpa, size)
         self._owned.append(buffer)
         return buffer
 

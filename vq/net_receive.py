@@ -23,8 +23,11 @@ from vq.split_ring import Chain, SplitRing
 __all__ = ["ReceiveWindow"]
 
 _REFILL = 64
+_MOST_WAITING = 64
+"""Frames of the host's own kept for a guest that offers no buffers."""
 _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
+_FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
 
 
@@ -47,7 +50,7 @@ class ReceiveWindow:
         self.largest_plain: int | None = None
         """The longest frame in bytes that may come without segmentation left undone."""
         self.starved = False
-        """Whether the link was told that there is no room; for the device to set back."""
+        """Whether frames wait for room, here or in the link; for the device to set back."""
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
@@ -76,6 +79,9 @@ class ReceiveWindow:
         self.private = private
         self.largest_plain = largest_plain
         self._as_is = _headers_taken_as_they_are(takes)
+        pending, self._pending = self._pending, deque()
+        for frame in pending:  # what waits since before keeps to the new terms too
+            self._finish(frame)
 
     # --- Room ---------------------------------------------------------------------------------
 
@@ -136,16 +142,23 @@ class ReceiveWindow:
 
     # --- for the device -----------------------------------------------------------------------
 
-    def deliver(self, frame: Frame) -> None:
-        """Takes a private frame for the guest, and does what the guest does not take undone.
+    def add(self, frame: Frame) -> bool:
+        """Keeps a frame of the host's own making until `retry`; False when too many wait.
 
-        It has passed the filters, or is the host's own. It is placed as soon as there is room.
+        Nothing of the guest's is touched here, so it may come at any time.
         """
-        try:
-            self._pending.extend(finish(frame, self.takes))
-        except HeaderLie as lie:
-            self._drop(lie.reason)
-        self._place_pending()
+        if len(self._pending) >= _MOST_WAITING:
+            return False
+        self._pending.append(frame)
+        return True
+
+    def deliver(self, frame: Frame) -> None:
+        """Takes a private frame that has passed the filters, and does what the guest does not
+        take undone. It is placed as soon as there is room.
+        """
+        self._finish(frame)
+        if not self._place_pending():
+            self.starved = True
 
     def flush(self) -> bool:
         """Writes the used elements of the buffers that were filled; whether there were any."""
@@ -164,7 +177,30 @@ class ReceiveWindow:
         self._ring.undo_pop(list(self._chains))
         self._chains.clear()
 
+    def drop_pending(self, reason: str) -> None:
+        """Gives up the frames that wait for room."""
+        if self._pending:
+            self._stats["rx_dropped: " + reason] += len(self._pending)
+            self._pending.clear()
+
     # --- inside ---------------------------------------------------------------------------------
+
+    def _finish(self, frame: Frame) -> None:
+        """Queues a private frame, or what becomes of it, to be placed."""
+        header = frame[0]
+        if header[0] & ~_FLAGS:
+            frame = [bytes((header[0] & _FLAGS,)) + header[1:], *frame[1:]]
+        try:
+            frames = finish(frame, self.takes)
+        except HeaderLie as lie:
+            self._drop(lie.reason)
+            return
+        limit = self.largest_plain
+        for finished in frames:
+            if limit is not None and not finished[0][1] and sum(map(len, finished[1:])) > limit:
+                self._drop("longer than the mtu")
+            else:
+                self._pending.append(finished)
 
     def _refill(self) -> bool:
         chains = self._ring.pop_burst(_REFILL)
@@ -286,7 +322,7 @@ class ReceiveWindow:
 
     def _holds_whole_queue(self) -> bool:
         """Whether the driver has no descriptor left to make more room with, so waiting is vain."""
-        return sum(len(chain.writable) for chain in self._chains) >= self._ring.size
+        return sum(chain.descriptors for chain in self._chains) >= self._ring.size
 
     def _count(self, length: int) -> None:
         self._stats["rx_frames"] += 1

@@ -24,6 +24,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from vq.abi import (
@@ -47,7 +48,7 @@ __all__ = ["Chain", "InflightLog", "SplitRing"]
 _DESCRIPTOR = struct.Struct("<QIHH")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
-_LINKED = DESC_F_NEXT | DESC_F_INDIRECT
+_MAX_TABLE_BYTES = 16 << 16  # as far as next, 16 bits wide, reaches into an indirect table
 _NO_VIEWS: tuple[memoryview, ...] = ()
 
 
@@ -62,6 +63,8 @@ class Chain:
 
     __slots__ = ("head", "readable", "writable", "written")
 
+    descriptors = 1
+    """Descriptors of the queue that the chain takes up; an indirect table's are not the queue's."""
     head: int
     readable: Sequence[memoryview]
     writable: Sequence[memoryview]
@@ -90,6 +93,22 @@ class Chain:
             f"Chain(head={self.head}, readable={[len(v) for v in self.readable]},"
             f" writable={[len(v) for v in self.writable]})"
         )
+
+
+class _Taken(Chain):
+    """A chain whose attributes `pop` sets in line: calling `__init__` costs as much again."""
+
+    __slots__ = ()
+    __init__ = object.__init__
+
+
+class _Walked(Chain):
+    """A chain that was followed from one descriptor to the next."""
+
+    __slots__ = ("descriptors",)
+
+
+_PUT_BACK = Chain(-1, _NO_VIEWS, _NO_VIEWS)  # stands for any chain that undo_pop was given
 
 
 class InflightLog(Protocol):
@@ -149,7 +168,7 @@ class SplitRing:
         self._table = self._part("descriptor table", desc, layout.desc_bytes, DESC_ALIGN)
         self._avail = self._part("available ring", avail, layout.avail_bytes, AVAIL_ALIGN)
         self._used = self._part("used ring", used, layout.used_bytes, USED_ALIGN)
-        self._region = memory.region_at(desc)  # where the last buffer was found
+        self._window = self._window_at(desc)  # where the last buffer was found
         # An index is loaded and stored by one aligned 16-bit access: these views do that.
         self._avail_words = self._avail.cast("H")
         self._used_words = self._used.cast("H")
@@ -164,7 +183,7 @@ class SplitRing:
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
         self._unpublished: list[Chain] = []
-        self._signalled = self._next_used  # used.idx when should_notify() was last asked
+        self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
         self._outstanding: list[Chain | None] = [None] * size  # by head
         self._undone: deque[Chain] = deque()
@@ -225,10 +244,10 @@ class SplitRing:
         if self._undone or self._resubmit:
             return self._pop_again(limit)
         count = self._waiting()
-        if not count:
-            return []
         if count > limit:
             count = limit
+        if count <= 0:
+            return []
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
         chains = self._read_chains(self._read_heads(count))
         self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
@@ -241,9 +260,13 @@ class SplitRing:
         They must be the chains popped last; that is what makes `next_avail` a place to go on from.
         Raises `UsageError` when one of them is not outstanding.
         """
+        heads: set[int] = set()
         for chain in chains:
-            if self._outstanding[chain.head] is not chain:
+            if not self._holds(chain) or chain.head in heads:
                 raise UsageError(f"{self.name}: {chain!r} is not outstanding")
+            heads.add(chain.head)
+        for head in heads:
+            self._outstanding[head] = _PUT_BACK
         self._undone.extendleft(reversed(chains))
         if self._inflight_log is not None:
             self._inflight_log.unpopped(
@@ -252,10 +275,13 @@ class SplitRing:
 
     def _pop_again(self, limit: int) -> list[Chain]:
         """Gives chains popped before: put back here, or left over by an earlier device."""
+        if limit < 1:
+            return []
         if self._undone:
             chains = [self._undone.popleft() for _ in range(min(limit, len(self._undone)))]
             for chain in chains:
                 chain.written = 0
+                self._outstanding[chain.head] = chain
             if self._inflight_log is not None:
                 self._inflight_log.popped([chain.head for chain in chains])
             return chains
@@ -289,13 +315,13 @@ class SplitRing:
 
     def _read_heads(self, count: int) -> tuple[int, ...]:
         slot = self._next_avail & (self.size - 1)
-        first = min(count, self.size - slot)
-        heads = struct.unpack_from(f"<{first}H", self._avail, 4 + 2 * slot)
-        if first < count:
-            heads += struct.unpack_from(f"<{count - first}H", self._avail, 4)
-        return heads
+        first = self.size - slot
+        if count <= first:
+            return _words(count).unpack_from(self._avail, 4 + 2 * slot)
+        heads = _words(first).unpack_from(self._avail, 4 + 2 * slot)
+        return heads + _words(count - first).unpack_from(self._avail, 4)
 
-    def _read_chains(self, heads: Iterable[int], *, resubmitted: bool = False) -> list[Chain]:
+    def _read_chains(self, heads: Sequence[int], *, resubmitted: bool = False) -> list[Chain]:
         """The chains at `heads`, up to the first bad one.
 
         A chain of one descriptor in the region of the chain before it is the usual case of a
@@ -303,31 +329,37 @@ class SplitRing:
         """
         chains: list[Chain] = []
         append = chains.append
-        table = self._table
-        unpack = _DESCRIPTOR.unpack_from
         outstanding = self._outstanding
         size = self.size
-        region = self._region
-        base, limit, view = region.gpa, region.size, region.view
+        base, limit, view = self._window
+        chain: Chain
         try:
-            for head in heads:
+            for head, descriptor in zip(heads, self._descriptors(heads), strict=True):
                 if head >= size:
                     raise self._bad("a head beyond the descriptor table", head, "2.7.6")
                 if outstanding[head] is not None:
                     raise self._bad("made available again while in use", head, "2.7.13")
-                addr, length, flags, _ = descriptor = unpack(table, head << 4)
+                addr, length, flags, _ = descriptor
                 offset = addr - base
-                if not flags & _LINKED and length and 0 <= offset <= limit - length:
-                    piece = (view[offset : offset + length],)
-                    if flags & DESC_F_WRITE:
-                        chain = Chain(head, _NO_VIEWS, piece)
-                    else:
-                        chain = Chain(head, piece, _NO_VIEWS)
+                end = offset + length
+                if offset < 0 or end > limit or not length:
+                    chain = self._walk(head, descriptor)
+                    base, limit, view = self._window
+                elif not flags:
+                    chain = _Taken()
+                    chain.head = head
+                    chain.readable = (view[offset:end],)
+                    chain.writable = _NO_VIEWS
+                    chain.written = 0
+                elif flags == DESC_F_WRITE:
+                    chain = _Taken()
+                    chain.head = head
+                    chain.readable = _NO_VIEWS
+                    chain.writable = (view[offset:end],)
+                    chain.written = 0
                 else:
                     chain = self._walk(head, descriptor)
-                    if not flags & _LINKED and length:  # this and the next may be in the same one
-                        self._region = region = self.memory.region_at(addr)
-                        base, limit, view = region.gpa, region.size, region.view
+                    base, limit, view = self._window
                 outstanding[head] = chain
                 append(chain)
         except DriverError as error:
@@ -335,6 +367,21 @@ class SplitRing:
                 self._consume(error.head, resubmitted)
                 raise
         return chains
+
+    def _descriptors(self, heads: Sequence[int]) -> Iterable[tuple[int, int, int, int]]:
+        """The descriptors at `heads`, each read once.
+
+        Drivers mostly hand out a queue's descriptors in turn: such a run is unpacked as one. For a
+        head beyond the table, which the caller refuses, there is some descriptor from inside it.
+        """
+        table, size = self._table, self.size
+        unpack = _DESCRIPTOR.unpack_from
+        first, end = heads[0], heads[-1] + 1
+        if len(heads) == 1:
+            return (unpack(table, (first & size - 1) << 4),)
+        if end - first == len(heads) and end <= size and heads == tuple(range(first, end)):
+            return _DESCRIPTOR.iter_unpack(table[first << 4 : end << 4])
+        return [unpack(table, (head & size - 1) << 4) for head in heads]
 
     def _consume(self, head: int | None, resubmitted: bool) -> None:
         """Takes a bad chain out of the way; its head goes back where that is possible."""
@@ -355,20 +402,23 @@ class SplitRing:
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         table: memoryview | bytes = self._table
-        entries = self.size
-        index, walked, total = head, 0, 0
-        indirect = False
+        size = entries = self.size
+        index, walked, direct, total = head, 0, 0, 0
+        in_order, indirect = self._in_order, False
+        unpack = _DESCRIPTOR.unpack_from
+        base, limit, view = self._window
         while True:
             addr, length, flags, following = descriptor
             if flags & DESC_F_INDIRECT:
                 table = self._indirect_table(head, addr, length, flags, nested=indirect)
                 entries, index, indirect = length // 16, 0, True
-                descriptor = _DESCRIPTOR.unpack_from(table, 0)
+                direct = walked + 1
+                descriptor = unpack(table, 0)
                 continue
             walked += 1
-            if walked > self.size:
+            if walked > size:
                 raise self._bad(
-                    f"a chain of more than {self.size} descriptors, or one that loops",
+                    f"a chain of more than {size} descriptors, or one that loops",
                     head,
                     "2.7.5.3.1" if indirect else "2.7.5.2",
                 )
@@ -381,17 +431,23 @@ class SplitRing:
                 raise self._bad("a readable buffer after a writable one", head, "2.7.4.2")
             else:
                 pieces = readable
-            if length:
-                self._translate(head, addr, length, pieces)
+            offset = addr - base
+            end = offset + length
+            if offset < 0 or end > limit:
+                if length:
+                    self._translate(head, addr, length, pieces)
+                    base, limit, view = self._window
+            elif length:
+                pieces.append(view[offset:end])
             if not flags & DESC_F_NEXT:
-                return Chain(head, readable, writable)
+                chain = _Walked(head, readable, writable)
+                chain.descriptors = direct if indirect else walked
+                return chain
             if following >= entries:
                 raise self._bad(
                     f"next is {following} in a table of {entries} descriptors", head, "2.7.5"
                 )
-            if self._in_order and following != (
-                (index + 1) & (self.size - 1) if not indirect else index + 1
-            ):
+            if in_order and following != ((index + 1) & (size - 1) if not indirect else index + 1):
                 raise self._bad(
                     f"descriptor {index} is followed by {following} although IN_ORDER was"
                     " negotiated",
@@ -399,7 +455,7 @@ class SplitRing:
                     "2.7.5.3.1" if indirect else "2.7.5.2",
                 )
             index = following
-            descriptor = _DESCRIPTOR.unpack_from(table, index << 4)
+            descriptor = unpack(table, index << 4)
 
     def _indirect_table(
         self, head: int, addr: int, length: int, flags: int, *, nested: bool
@@ -419,8 +475,10 @@ class SplitRing:
             raise self._bad(
                 f"the indirect table is not in the guest's memory: {error}", head, "2.7.5.3"
             ) from None
+        if len(pieces) == 1:
+            return pieces[0]
         # A table over two mappings is rare: it is copied, as far as a chain could reach into it.
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return self.memory.read(addr, min(length, _MAX_TABLE_BYTES))
 
     def _translate(self, head: int, addr: int, length: int, pieces: list[memoryview]) -> None:
         try:
@@ -429,6 +487,12 @@ class SplitRing:
             raise self._bad(
                 f"a buffer is not in the guest's memory: {error}", head, "2.7.5"
             ) from None
+        self._window = self._window_at(addr)  # the next one is probably there, too
+
+    def _window_at(self, gpa: int) -> tuple[int, int, memoryview]:
+        """The region around `gpa`: its first address, its size, all of its bytes."""
+        region = self.memory.region_at(gpa)
+        return region.gpa, region.size, region.view
 
     def _bad(self, reason: str, head: int, section: str) -> DriverError:
         return DriverError(reason, queue=self.name, head=head, section=section)
@@ -446,17 +510,22 @@ class SplitRing:
 
     def write_used_burst(self, chains: Iterable[Chain]) -> None:
         """Writes the used elements of several chains, in this order; see `write_used`."""
+        if not self._in_order:
+            chains = list(chains)
+            if len(chains) > 1 and self._write_run(chains):
+                return
         outstanding = self._outstanding
+        size = self.size
         elements: list[int] = []
         finished: list[Chain] = []
         stray: Chain | None = None
         for chain in self._in_ring_order(chains) if self._in_order else chains:
             head = chain.head
-            if outstanding[head] is not chain:
+            if head >= size or outstanding[head] is not chain:
                 stray = chain
                 break
             outstanding[head] = None
-            elements.append(head | chain.written << 32)
+            elements += (head, chain.written)
             finished.append(chain)
         if elements:
             self._write_elements(elements)
@@ -470,6 +539,7 @@ class SplitRing:
         if not finished:
             return 0
         self._unpublished = []
+        self._unsignalled += len(finished)
         index = self._next_used
         log = self._inflight_log
         if log is not None:
@@ -493,25 +563,55 @@ class SplitRing:
     def _in_ring_order(self, chains: Iterable[Chain]) -> Iterable[Chain]:
         """Of the chains completed so far those that may go back now: none before an older one."""
         completed = self._completed
+        stray: Chain | None = None
         for chain in chains:
-            if self._outstanding[chain.head] is not chain or chain.head in completed:
-                yield Chain(chain.head, chain.readable, chain.writable)  # a stranger: refused
+            if not self._holds(chain):
+                stray = Chain(chain.head, chain.readable, chain.writable)  # refused by its looks
+                break
             completed.add(chain.head)
         order = self._order
         while order and order[0].head in completed:
             completed.discard(order[0].head)
             yield order.popleft()
+        if stray is not None:
+            yield stray
+
+    def _holds(self, chain: Chain) -> bool:
+        """Whether the device has this chain and has not completed it."""
+        head = chain.head
+        return head < self.size and self._outstanding[head] is chain and head not in self._completed
+
+    def _write_run(self, chains: list[Chain]) -> bool:
+        """Writes the used elements of chains whose heads count up by one, if that is what they are.
+
+        A burst given back as it was popped mostly is. The comparison goes by identity: these
+        chains are outstanding, every one of them and each once.
+        """
+        first, count = chains[0].head, len(chains)
+        outstanding = self._outstanding
+        if outstanding[first : first + count] != chains:
+            return False
+        outstanding[first : first + count] = [None] * count
+        elements = [0] * (2 * count)
+        elements[::2] = range(first, first + count)
+        elements[1::2] = [chain.written for chain in chains]
+        self._write_elements(elements)
+        self._unpublished += chains
+        return True
 
     def _write_elements(self, elements: list[int]) -> None:
+        """Writes used elements, given as id, length, id, length and so on."""
         size = self.size
         slot = self._next_used & (size - 1)
+        count = len(elements) // 2
         first = size - slot
-        if len(elements) <= first:
-            struct.pack_into(f"<{len(elements)}Q", self._used, 4 + 8 * slot, *elements)
+        if count <= first:
+            _doublewords(2 * count).pack_into(self._used, 4 + 8 * slot, *elements)
         else:
-            struct.pack_into(f"<{first}Q", self._used, 4 + 8 * slot, *elements[:first])
-            struct.pack_into(f"<{len(elements) - first}Q", self._used, 4, *elements[first:])
-        self._next_used = (self._next_used + len(elements)) & 0xFFFF
+            _doublewords(2 * first).pack_into(self._used, 4 + 8 * slot, *elements[: 2 * first])
+            rest = elements[2 * first :]
+            _doublewords(len(rest)).pack_into(self._used, 4, *rest)
+        self._next_used = (self._next_used + count) & 0xFFFF
 
     def _mark_dirty(self, chains: list[Chain]) -> None:
         for chain in chains:
@@ -527,12 +627,10 @@ class SplitRing:
         Virtio 1.3, 2.7.7.2. The first time there is something to tell, the answer is always yes:
         what an earlier device told the driver is not known, and a spurious call does no harm.
         """
-        old, new = self._signalled, self._next_used
-        if self._unpublished:
-            new = (new - len(self._unpublished)) & 0xFFFF
-        if old == new:
+        count = self._unsignalled
+        if not count:
             return False
-        self._signalled = new
+        self._unsignalled = 0
         if self._first_call:
             self._first_call = False
             return True
@@ -540,7 +638,11 @@ class SplitRing:
         fence()
         if self._event_idx:
             event = self._avail_words[self._used_event]
-            return needs_event(_swap16(event) if _BIG_ENDIAN else event, new, old)
+            new = (self._next_used - len(self._unpublished)) & 0xFFFF
+            # After 65,536 chains without asking, every value of used_event has been passed.
+            return count > 0xFFFF or needs_event(
+                _swap16(event) if _BIG_ENDIAN else event, new, (new - count) & 0xFFFF
+            )
         flags = self._avail_words[0]
         return not (_swap16(flags) if _BIG_ENDIAN else flags) & AVAIL_F_NO_INTERRUPT
 
@@ -571,6 +673,18 @@ class SplitRing:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
         if self.memory.dirty_log is not None:
             self.memory.mark_dirty(self._used_gpa + 2 * index, 2)
+
+
+@lru_cache(maxsize=256)
+def _words(count: int) -> struct.Struct:
+    """So many 16-bit words."""
+    return struct.Struct(f"<{count}H")
+
+
+@lru_cache(maxsize=256)
+def _doublewords(count: int) -> struct.Struct:
+    """So many 32-bit words."""
+    return struct.Struct(f"<{count}I")
 
 
 def _swap16(value: int) -> int:

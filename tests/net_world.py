@@ -1,0 +1,259 @@
+"""A net device between a link that tests can play on and guests that need not be well behaved."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
+from vq.driver import Driver, DriverRing, GuestBuffer
+from vq.link import Frame, Link, Port, Room, scatter
+from vq.memory import GuestMemory
+from vq.net import NetDevice
+from vq.net_driver import NetDriver, NetHeader
+from vq.offload import ALL, Offload
+
+VERSION_1 = 1 << Feature.VERSION_1
+OUR_MAC = bytes.fromhex("020000000003")
+OTHER_MAC = bytes.fromhex("0200000000aa")
+BROADCAST = b"\xff" * 6
+PLAIN = bytes(12)
+
+
+def features(*names: str) -> int:
+    """The set of features with these names, VERSION_1 among them."""
+    bits = [NetFeature[n] if n in NetFeature.__members__ else Feature[n] for n in names]
+    return feature_mask(bits) | VERSION_1
+
+
+def ethernet(payload: bytes, *, to: bytes = OUR_MAC, source: bytes = OTHER_MAC) -> bytes:
+    return to + source + b"\x88\xb5" + payload
+
+
+class ScriptedPort(Port):
+    """Keeps what is written; gives what the test put in; full, broken or polled as it says."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        super().__init__()
+        self.fd = fd
+        self.written: list[tuple[bytes, bytes]] = []
+        self.takes: int | None = None
+        self.error: OSError | None = None
+        self.incoming: deque[tuple[bytes, bytes]] = deque()
+        self.before_write: Callable[[Sequence[Frame]], None] | None = None
+        self.reads = 0
+
+    def fileno(self) -> int | None:
+        return self.fd
+
+    def write_burst(self, frames: Sequence[Frame]) -> int:
+        if self.error is not None:
+            raise self.error
+        if self.before_write is not None:
+            self.before_write(frames)
+        taken = frames if self.takes is None else frames[: self.takes]
+        if self.takes is not None:
+            self.takes -= len(taken)
+        for frame in taken:
+            assert len(frame[0]) == 12 and isinstance(frame[0], bytes), "a private header"
+            self.written.append((bytes(frame[0]), b"".join(frame[1:])))
+        return len(taken)
+
+    def read_burst(self, room: Room, limit: int) -> int:
+        self.reads += 1
+        if self.error is not None:
+            raise self.error
+        moved = 0
+        while moved < limit and self.incoming:
+            views = room.views()
+            if not views:
+                break
+            header, data = self.incoming.popleft()
+            scatter((data,), views)
+            room.commit(header, len(data))
+            moved += 1
+        return moved
+
+    @property
+    def frames(self) -> list[bytes]:
+        return [data for _, data in self.written]
+
+
+class ScriptedLink(Link):
+    name = "scripted"
+
+    def __init__(self, accepts: Offload = ALL, *, ports: int = 1, fds: Sequence[int] = ()) -> None:
+        self.accepts = accepts
+        self.delivers = ALL
+        self.ports = self.scripted = [
+            ScriptedPort(fd) for fd in (fds or itertools.repeat(None, ports))
+        ]
+        self.requested: list[Offload] = []
+        self.activated: list[int] = []
+        self.closed = 0
+        self.up = True
+
+    @property
+    def port(self) -> ScriptedPort:
+        return self.scripted[0]
+
+    @property
+    def is_up(self) -> bool:
+        return self.up
+
+    def request_offloads(self, wanted: Offload) -> None:
+        self.requested.append(wanted)
+
+    def activate_ports(self, count: int) -> None:
+        self.activated.append(count)
+
+    def deliver(self, *frames: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
+        """Makes frames wait in a port and says so."""
+        port = self.scripted[pair]
+        port.incoming.extend((header, frame) for frame in frames)
+        if port.on_readable is not None:
+            port.on_readable()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class World:
+    """A link, a device plugged into it, and a well-behaved guest; `drive` brings the guest up."""
+
+    def __init__(self, memory: GuestMemory, link: Link | None = None, **options: object) -> None:
+        self.memory = memory
+        self.link = link or ScriptedLink()
+        options.setdefault("mac", OUR_MAC)
+        self.device = NetDevice(self.link, memory=memory, **options)  # type: ignore[arg-type]
+
+    def drive(self, wanted: int = -1, **options: object) -> NetDriver:
+        options.setdefault("timeout", 1.0)
+        return NetDriver(
+            self.device,
+            self.memory,
+            wanted,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def raw(self, wanted: int = VERSION_1, **options: object) -> RawGuest:
+        return RawGuest(self.device, self.memory, wanted, **options)  # type: ignore[arg-type]
+
+    def dropped(self, way: str) -> dict[str, int]:
+        """What was dropped on the way, by reason."""
+        prefix = f"{way}_dropped: "
+        stats = self.device.stats
+        return {k.removeprefix(prefix): n for k, n in stats.items() if k.startswith(prefix) and n}
+
+
+class RawGuest:
+    """A guest that offers whatever chains it is told to."""
+
+    def __init__(
+        self, device: NetDevice, memory: GuestMemory, wanted: int, *, queue_size: int = 256
+    ) -> None:
+        self.device = device
+        self.memory = memory
+        self.driver = Driver(device, memory, wanted, queue_size=queue_size)
+        self.driver.probe()
+
+    def ring(self, index: int) -> DriverRing:
+        return self.driver.queues[index]
+
+    def put(self, data: bytes) -> GuestBuffer:
+        gpa = self.driver.allocator.allocate(max(1, len(data)), 1)
+        self.memory.write(gpa, data)
+        return gpa, len(data)
+
+    def room(self, length: int) -> GuestBuffer:
+        return self.put(b"\xa5" * length)
+
+    def offer(
+        self,
+        index: int,
+        readable: Sequence[GuestBuffer] = (),
+        writable: Sequence[GuestBuffer] = (),
+        *,
+        kick: bool = True,
+    ) -> int:
+        head = self.ring(index).add(readable, writable)
+        if kick:
+            self.driver.kick(index)
+        return head
+
+    def offer_unruly(self, index: int, *descriptors: tuple[int, int, int]) -> None:
+        """A chain of ``(gpa, length, flags)`` from descriptor 0 on, whatever the rules say."""
+        ring = self.ring(index)
+        for place, (gpa, length, flags) in enumerate(descriptors):
+            last = place == len(descriptors) - 1
+            flags |= 0 if last else DESC_F_NEXT
+            ring.poke_descriptor(place, gpa, length, flags, 0 if last else place + 1)
+        ring.poke_avail(0, 0)
+        ring.poke_avail_index(1)
+        self.device.notify(index)
+
+    def used_raw(self, index: int) -> list[tuple[int, int]]:
+        """The same for chains that are in no driver's books; after the first lap it is wrong."""
+        ring = self.ring(index)
+        return [ring.peek_used(slot) for slot in range(ring.peek_used_index())]
+
+    def used(self, index: int) -> list[tuple[int, int]]:
+        """``(head, bytes written)`` of what the device gave back."""
+        return [(used.head, used.written) for used in self.ring(index).collect()]
+
+
+def tcp_header(
+    gso_size: int = 0, *, version: int = 4, start: int | None = None, ecn: bool = False
+) -> NetHeader:
+    """The net header of a TCP frame that leaves its checksum, and perhaps more, undone."""
+    csum_start = start if start is not None else 34 if version == 4 else 54
+    kind = HdrGso.TCPV4 if version == 4 else HdrGso.TCPV6
+    return NetHeader(
+        flags=HdrFlag.NEEDS_CSUM,
+        gso_type=(int(kind) | (0x80 if ecn else 0)) if gso_size else 0,
+        hdr_len=csum_start + 20 if gso_size else 0,
+        gso_size=gso_size,
+        csum_start=csum_start,
+        csum_offset=16,
+    )
+
+
+def udp_header(gso_size: int = 0, *, version: int = 4) -> NetHeader:
+    csum_start = 34 if version == 4 else 54
+    return NetHeader(
+        flags=HdrFlag.NEEDS_CSUM,
+        gso_type=HdrGso.UDP_L4 if gso_size else 0,
+        hdr_len=csum_start + 8 if gso_size else 0,
+        gso_size=gso_size,
+        csum_start=csum_start,
+        csum_offset=6,
+    )
+
+
+def snapshot(memory: GuestMemory) -> list[bytes]:
+    return [bytes(region.view) for region in memory.regions]
+
+
+def touched_outside(
+    memory: GuestMemory, before: list[bytes], allowed: Sequence[GuestBuffer]
+) -> list[int]:
+    """Addresses (the first few) that changed since `before` and lie in no allowed range."""
+    found: list[int] = []
+    for region, old in zip(memory.regions, before, strict=True):
+        now = bytearray(region.view)
+        for gpa, length in allowed:
+            start, end = gpa - region.gpa, gpa - region.gpa + length
+            if start >= 0 and end <= region.size:
+                now[start:end] = old[start:end]
+        if now != old:
+            found += [region.gpa + n for n in range(len(old)) if now[n] != old[n]][:4]
+    return found
+
+
+def used_parts(ring: DriverRing) -> list[GuestBuffer]:
+    """Where the device writes in a ring: all of the used ring."""
+    return [(ring.used, 6 + 8 * ring.size)]
+
+
+WRITE = DESC_F_WRITE

@@ -1,0 +1,761 @@
+"""Frames towards the guest: which buffers they take, and what the net header says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from net_frames import TCP, UDP, make_frame, make_payload, slow_sum
+from net_world import (
+    OTHER_MAC,
+    OUR_MAC,
+    PLAIN,
+    VERSION_1,
+    RawGuest,
+    ScriptedLink,
+    World,
+    ethernet,
+    features,
+    snapshot,
+    tcp_header,
+    touched_outside,
+    udp_header,
+    used_parts,
+)
+
+from vq.abi import NET_HDR, HdrFlag, NetFeature, Status
+from vq.driver import GuestBuffer
+from vq.errors import DriverError
+from vq.memory import GuestMemory
+from vq.net_driver import Layout, NetHeader
+from vq.offload import Offload
+
+FRAME = ethernet(bytes(range(46)))
+MRG = features("MRG_RXBUF")
+GUEST_OFFLOADS = ("GUEST_CSUM", "GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN", "GUEST_USO4", "GUEST_USO6")
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    with GuestMemory.allocate((0x100000, 1 << 20), (0x4000000, 12 << 20)) as memory:
+        yield memory
+
+
+@pytest.fixture
+def link() -> ScriptedLink:
+    return ScriptedLink()
+
+
+# --- buffers of any sizes ------------------------------------------------------------------------
+
+
+class Buffers:
+    """Receive chains of odd shapes in a guest whose RAM is filled with a pattern."""
+
+    def __init__(self, guest: RawGuest) -> None:
+        self.guest = guest
+        self.chains: dict[int, list[GuestBuffer]] = {}
+        self.order: list[int] = []
+
+    def offer(self, sizes: list[int]) -> None:
+        """One chain whose descriptors have these sizes, with a gap behind each."""
+        pieces = []
+        for size in sizes:
+            gpa, _ = self.guest.room(size + 3)
+            pieces.append((gpa, size))
+        head = self.guest.offer(0, (), pieces, kick=False)
+        self.chains[head] = pieces
+        self.order.append(head)
+
+    def content(self, head: int) -> bytes:
+        return b"".join(self.guest.memory.read(gpa, length) for gpa, length in self.chains[head])
+
+    def size(self, head: int) -> int:
+        return sum(length for _, length in self.chains[head])
+
+
+def expected_use(rooms: list[int], lengths: list[int], mergeable: bool) -> tuple[list[int], int]:
+    """Bytes written to each buffer that is used, by a device that thinks slowly; and the drops."""
+    written: list[int] = []
+    dropped = 0
+    left = list(rooms)
+    for length in lengths:
+        rest = 12 + length
+        if not mergeable:
+            if not left:
+                break
+            if rest > left[0]:
+                dropped += 1
+                continue
+        elif rest > sum(left):
+            break
+        while rest > 0:
+            here = min(rest, left.pop(0))
+            written.append(here)
+            rest -= here
+    return written, dropped
+
+
+shapes = st.lists(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 12)
+    | st.integers(12, 300).map(lambda size: [size]),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=shapes,
+    lengths=st.lists(st.integers(0, 900) | st.sampled_from((0, 1, 60, 61)), max_size=12),
+    mergeable=st.booleans(),
+    event_idx=st.booleans(),
+    private=st.booleans(),
+    apart=st.booleans(),
+)
+def test_frames_fill_buffers_of_any_shape_and_touch_nothing_else(
+    shapes: list[list[int]],
+    lengths: list[int],
+    mergeable: bool,
+    event_idx: bool,
+    private: bool,
+    apart: bool,
+) -> None:
+    link = ScriptedLink()
+    with GuestMemory.allocate(256 << 10) as memory:
+        memory.write(0, bytes(range(1, 256)) * 1028)
+        world = World(memory, link, lock_mac=private)
+        wanted = (MRG if mergeable else VERSION_1) | (features("EVENT_IDX") if event_idx else 0)
+        guest = world.raw(wanted)
+        buffers = Buffers(guest)
+        for sizes in shapes:
+            buffers.offer(sizes)
+        guest.driver.kick(0)
+        before = snapshot(memory)
+        head_bytes = (OUR_MAC + OTHER_MAC) if private else b""
+        frames = [(head_bytes + make_payload(length))[: max(length, 6)] for length in lengths]
+        if apart:
+            for frame in frames:
+                link.deliver(frame)
+        else:
+            link.deliver(*frames)
+
+        lent = [piece for head in buffers.order for piece in buffers.chains[head]]
+        assert not touched_outside(memory, before, lent + used_parts(guest.ring(0)))
+        used = guest.used(0)
+        rooms = [buffers.size(head) for head in buffers.order]
+        written, dropped = expected_use(rooms, [len(frame) for frame in frames], mergeable)
+        assert [count for _, count in used] == written
+        assert [head for head, _ in used] == buffers.order[: len(used)]
+        assert world.device.stats["rx_dropped: longer than the receive buffer"] == dropped
+        got = []
+        rest = list(used)
+        while rest:
+            first = buffers.content(rest[0][0])
+            header = NET_HDR.unpack(first[:12])
+            assert header[:6] == (0,) * 6
+            count = header[6]
+            assert count == 1 or mergeable
+            joined = b"".join(buffers.content(head)[:n] for head, n in rest[:count])
+            assert all(n == buffers.size(head) for head, n in rest[: count - 1]), "not full"
+            got.append(joined[12:])
+            del rest[:count]
+        if mergeable:
+            assert got == frames[: len(got)]
+        else:
+            kept = iter(frames)
+            assert all(frame in kept for frame in got), "in order"
+        assert not world.device.status & Status.NEEDS_RESET
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=30),
+    sizes=st.lists(st.integers(60, 800), min_size=1, max_size=8),
+    batch=st.integers(1, 5),
+)
+def test_frames_wait_for_room_and_come_when_buffers_come(
+    lengths: list[int], sizes: list[int], batch: int
+) -> None:
+    """Nothing is lost or reordered when the guest is slow; only its kicks wake the device."""
+    link = ScriptedLink()
+    with GuestMemory.allocate(8 << 20) as memory:
+        world = World(memory, link)
+        guest = world.raw(MRG)
+        frames = [make_payload(length) for length in lengths]
+        link.deliver(*frames)
+        buffers = Buffers(guest)
+        received = bytearray()
+        offered = 0
+        for _ in range(2000):
+            for _ in range(batch):
+                buffers.offer([sizes[offered % len(sizes)]])
+                offered += 1
+            guest.driver.kick(0)
+            for head, count in guest.used(0):
+                received += buffers.content(head)[:count]
+            if len(received) == sum(lengths) + 12 * len(lengths):
+                break
+        got: list[bytes] = []
+        while received:
+            # The headers tell nothing of lengths: frames are told apart by what was sent.
+            length = lengths[len(got)]
+            assert received[:10] == bytes(10)
+            got.append(bytes(received[12 : 12 + length]))
+            del received[: 12 + length]
+        assert got == frames
+        assert world.device.stats["rx_frames"] == len(frames)
+        assert world.dropped("rx") == {}
+
+
+def test_a_single_frame_that_waits_asks_for_a_kick(memory: GuestMemory, link: ScriptedLink) -> None:
+    """Nothing else may ever wake the device up: no other frame needs to come."""
+    world = World(memory, link)
+    guest = world.raw(MRG)
+    guest.offer(0, (), [guest.room(100)])
+    link.deliver(bytes(250))
+    assert guest.used(0) == []
+    guest.offer(0, (), [guest.room(100)])
+    assert guest.used(0) == []
+    guest.offer(0, (), [guest.room(100)])
+    assert guest.used(0) == [(0, 100), (1, 100), (2, 62)]
+
+
+@pytest.mark.parametrize("wanted", [MRG, MRG | features("EVENT_IDX"), VERSION_1])
+def test_without_buffers_frames_stay_in_the_link(
+    memory: GuestMemory, link: ScriptedLink, wanted: int
+) -> None:
+    guest = World(memory, link).raw(wanted)
+    link.deliver(*[FRAME] * 5)
+    assert len(link.port.incoming) == 5
+    for left in (4, 3, 2, 1, 0):
+        guest.offer(0, (), [guest.room(2000)])
+        assert len(link.port.incoming) == left
+    assert [count for _, count in guest.used(0)] == [72] * 5
+
+
+def test_frames_of_before_the_driver_come_when_it_is_up(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    link.deliver(FRAME)
+    driver = World(memory, link).drive()
+    assert [frame.data for frame in driver.receive()] == [FRAME]
+
+
+def test_more_frames_than_a_turn(memory: GuestMemory, link: ScriptedLink) -> None:
+    driver = World(memory, link, queue_size=2048).drive(queue_size=2048)
+    frames = [ethernet(n.to_bytes(2, "big")) for n in range(1500)]
+    link.deliver(*frames)
+    assert [frame.data for frame in driver.receive()] == frames
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(12), Layout(1, 5, 12, 13, indirect=True)])
+@pytest.mark.parametrize("size", [2048, 100])
+def test_long_after_short_and_short_after_long(
+    memory: GuestMemory, link: ScriptedLink, layout: Layout, size: int
+) -> None:
+    """The room that is gathered follows the last frame: the next may be of any other length."""
+    world = World(memory, link)
+    driver = world.drive(receive_layout=layout, receive_buffer_size=size, queue_size=1024)
+    for length in (60, 9000, 60, 60, 65000, 0, 1, 9000, 9001, 8999, 14):
+        frame = make_payload(length)
+        link.deliver(frame)
+        [got] = driver.receive()
+        assert got.data == frame
+    assert world.dropped("rx") == {}
+
+
+@pytest.mark.parametrize("gathered_for", [0, 150, 300])
+@pytest.mark.parametrize("buffers", [1, 2, 3, 4])
+def test_every_byte_around_a_buffers_end_finds_its_place(
+    memory: GuestMemory, link: ScriptedLink, gathered_for: int, buffers: int
+) -> None:
+    """What is beyond the room that was gathered is copied: also a single byte."""
+    driver = World(memory, link).drive(MRG, receive_buffer_size=100, largest_frame=1000)
+    for length in range(100 * buffers - 12 - 2, 100 * buffers - 12 + 3):
+        link.deliver(bytes(gathered_for))
+        link.deliver(make_payload(length))
+        got = driver.receive()[-1]
+        assert got.data == make_payload(length)
+        assert got.buffers == buffers + (length > 100 * buffers - 12)
+
+
+def test_num_buffers_is_the_number_of_buffers_not_of_descriptors(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Past bug: num_buffers was set to the number of descriptors."""
+    guest = World(memory, link).raw(MRG)
+    buffers = Buffers(guest)
+    for _ in range(3):
+        buffers.offer([10, 10, 10, 70])
+    guest.driver.kick(0)
+    link.deliver(bytes(80), bytes(150))
+    assert guest.used(0) == [(0, 92), (4, 100), (8, 62)]
+    assert buffers.content(0)[10:12] == b"\1\0"
+    assert buffers.content(4)[10:12] == b"\2\0"
+
+
+def test_num_buffers_stands_there_before_the_buffer_is_used(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Past bug (CVE-2021-3748): num_buffers was written after the buffer had been given back."""
+    world = World(memory, link)
+    guest = world.raw(MRG)
+    buffers = Buffers(guest)
+    for _ in range(3):
+        buffers.offer([100])
+    guest.driver.kick(0)
+    seen: list[tuple[int, bytes]] = []
+    images: list[bytes] = []
+
+    def called(index: int) -> None:
+        seen.extend((head, buffers.content(head)[:12]) for head, _ in guest.used(index))
+        images.append(b"".join(map(buffers.content, buffers.order)))
+
+    world.device.on_queue_call = called
+    link.deliver(bytes(250))
+    assert [head for head, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == bytes(10) + b"\3\0"
+    assert images[-1] == b"".join(map(buffers.content, buffers.order)), "written after the call"
+
+
+@pytest.mark.parametrize("wanted", [MRG, VERSION_1])
+def test_the_headers_12_bytes_count_as_room(
+    memory: GuestMemory, link: ScriptedLink, wanted: int
+) -> None:
+    """Past bug (openvmm 3119): the capacity forgot the header."""
+    world = World(memory, link)
+    guest = world.raw(wanted)
+    frame = make_payload(1514)
+    guest.offer(0, (), [guest.room(1526)])
+    link.deliver(frame)
+    assert guest.used(0) == [(0, 1526)]
+    guest.offer(0, (), [guest.room(1525)])
+    guest.offer(0, (), [guest.room(1525)])
+    link.deliver(frame)
+    if wanted == MRG:
+        assert [count for _, count in guest.used(0)] == [1525, 1]
+    else:
+        assert guest.used(0) == []
+        assert world.dropped("rx") == {"longer than the receive buffer": 1}
+        link.deliver(frame[:1513])
+        assert [count for _, count in guest.used(0)] == [1525], "the buffer was not used up"
+
+
+@pytest.mark.parametrize("capacity", [1526, 65562])
+def test_the_room_that_the_specification_asks_for_is_enough(
+    memory: GuestMemory, link: ScriptedLink, capacity: int
+) -> None:
+    world = World(memory, link)
+    guest = world.raw(features(*GUEST_OFFLOADS) if capacity > 2000 else VERSION_1)
+    guest.offer(0, (), [guest.room(capacity)])
+    link.deliver(make_payload(capacity - 12))
+    assert guest.used(0) == [(0, capacity)]
+    assert world.dropped("rx") == {}
+
+
+def test_a_frame_longer_than_all_buffers_together_is_dropped_not_waited_for(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """The driver has no descriptor left to offer more with: waiting would stop the queue."""
+    world = World(memory, link)
+    guest = world.raw(MRG, queue_size=4)
+    for _ in range(4):
+        guest.offer(0, (), [guest.room(100)])
+    link.deliver(bytes(389), FRAME, bytes(316))
+    assert world.dropped("rx") == {"longer than all receive buffers": 1}
+    assert guest.used(0) == [(0, 72)], "316 bytes wait for the buffer to come back"
+    guest.offer(0, (), [guest.room(100)])
+    assert [count for _, count in guest.used(0)] == [100, 100, 100, 28]
+
+
+def test_a_driver_with_descriptors_left_is_waited_for_though_its_buffers_have_many_pieces(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """A chain with an indirect table takes one descriptor of the ring, whatever it holds."""
+    world = World(memory, link)
+    guest = world.raw(features("MRG_RXBUF", "INDIRECT_DESC"), queue_size=4)
+    for _ in range(2):
+        table = guest.driver.allocator.allocate(64)
+        pieces = [guest.room(25) for _ in range(4)]
+        guest.ring(0).add((), pieces, indirect=table)
+        guest.driver.kick(0)
+        link.deliver(*[bytes(150)] * (not link.port.incoming and not guest.used(0)))
+    assert world.dropped("rx") == {}
+
+
+@pytest.mark.parametrize("wanted", [MRG, VERSION_1])
+def test_frames_of_the_largest_size_pass_and_longer_ones_are_dropped(
+    memory: GuestMemory, link: ScriptedLink, wanted: int
+) -> None:
+    world = World(memory, link)
+    driver = world.drive(wanted | features("INDIRECT_DESC"), largest_frame=100000)
+    for length in (100000, 60, 99999):
+        link.deliver(make_payload(length))
+        assert [frame.data for frame in driver.receive()] == [make_payload(length)]
+    if wanted != MRG:
+        link.deliver(make_payload(100001), FRAME)
+        assert [frame.data for frame in driver.receive()] == [FRAME]
+        assert world.dropped("rx") == {"longer than the receive buffer": 1}
+
+
+def test_received_frames_are_counted(memory: GuestMemory, link: ScriptedLink) -> None:
+    world = World(memory, link)
+    driver = world.drive()
+    link.deliver(bytes(60), bytes(9000))
+    driver.receive()
+    assert world.device.stats["rx_frames"] == 2
+    assert world.device.stats["rx_bytes"] == 9060
+
+
+# --- chains that are no receive buffers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_readable_buffer_to_receive_needs_a_reset(
+    memory: GuestMemory, link: ScriptedLink, position: int
+) -> None:
+    world = World(memory, link)
+    guest = world.raw(MRG)
+    readable = guest.put(b"\x5a" * 100)
+    for number in range(3):
+        both = [readable] if number == position else []
+        guest.offer(0, both, [guest.room(100)], kick=False)
+    guest.driver.kick(0)
+    link.deliver(FRAME)
+    assert memory.read(*readable) == b"\x5a" * 100
+    assert_needs_reset(world, "5.1.6.3")
+    link.port.incoming.clear()
+    driver = world.drive()
+    link.deliver(FRAME)
+    assert [frame.data for frame in driver.receive()] == [FRAME]
+
+
+@pytest.mark.parametrize("sizes", [[1], [11], [5, 6], [1] * 11])
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("wanted", [MRG, VERSION_1])
+def test_a_buffer_without_room_for_the_header_needs_a_reset(
+    memory: GuestMemory, link: ScriptedLink, sizes: list[int], private: bool, wanted: int
+) -> None:
+    world = World(memory, link, lock_mac=private)
+    guest = world.raw(wanted)
+    Buffers(guest).offer(sizes)
+    guest.driver.kick(0)
+    link.deliver(FRAME)
+    assert_needs_reset(world, "5.1.6.3.1")
+    link.port.incoming.clear()
+    driver = world.drive()
+    link.deliver(FRAME)
+    assert [frame.data for frame in driver.receive()] == [FRAME]
+
+
+def test_an_empty_buffer_to_receive_needs_a_reset(memory: GuestMemory, link: ScriptedLink) -> None:
+    world = World(memory, link)
+    guest = world.raw(MRG)
+    guest.offer_unruly(0, (0x100000, 0, 2))
+    link.deliver(FRAME)
+    assert_needs_reset(world, "5.1.6.3.1")
+
+
+def assert_needs_reset(world: World, section: str) -> None:
+    device = world.device
+    assert device.status & Status.NEEDS_RESET
+    assert isinstance(device.fault, DriverError) and device.fault.section == section
+
+
+def test_what_came_before_a_bad_buffer_is_the_guests(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    world = World(memory, link)
+    guest = world.raw(VERSION_1)
+    guest.offer(0, (), [guest.room(100)], kick=False)
+    guest.offer(0, (), [guest.room(5)], kick=False)
+    guest.driver.kick(0)
+    link.deliver(FRAME, FRAME)
+    assert guest.used(0) == [(0, 72), (1, 0)]
+    assert_needs_reset(world, "5.1.6.3.1")
+
+
+# --- what the header says ------------------------------------------------------------------------
+
+
+def assert_whole(frame: bytes, *, udp: bool, version: int) -> None:
+    if version == 4:
+        assert slow_sum(frame[14:34]) == 0xFFFF
+        assert int.from_bytes(frame[16:18], "big") == len(frame) - 14
+        addresses, transport = frame[26:34], frame[34:]
+    else:
+        assert int.from_bytes(frame[18:20], "big") == len(frame) - 54
+        addresses, transport = frame[22:54], frame[54:]
+    protocol = UDP if udp else TCP
+    pseudo = addresses + len(transport).to_bytes(4, "big") + bytes((0, 0, 0, protocol))
+    assert slow_sum(pseudo + transport) == 0xFFFF
+
+
+@pytest.mark.parametrize("num_buffers", [0, 1, 2, 0xFFFF])
+@pytest.mark.parametrize("wanted", [MRG, VERSION_1, -1])
+def test_num_buffers_of_the_link_is_not_believed(
+    memory: GuestMemory, link: ScriptedLink, num_buffers: int, wanted: int
+) -> None:
+    """A tap leaves num_buffers 0, which is never right (virtio 1.3, 5.1.6.4.1)."""
+    driver = World(memory, link).drive(wanted)
+    link.deliver(FRAME, header=NetHeader(num_buffers=num_buffers).pack())
+    [frame] = driver.receive()
+    assert frame.header == NetHeader(num_buffers=1)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("udp", [False, True])
+@pytest.mark.parametrize("mergeable", [False, True])
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_partial_checksum_reaches_only_a_guest_that_takes_it(
+    memory: GuestMemory,
+    link: ScriptedLink,
+    version: int,
+    udp: bool,
+    mergeable: bool,
+    accepted: bool,
+) -> None:
+    """Past bug: NEEDS_CSUM was set without looking at GUEST_CSUM."""
+    wanted = features(*(["MRG_RXBUF"] * mergeable), *(["GUEST_CSUM"] * accepted))
+    driver = World(memory, link).drive(wanted, receive_buffer_size=200)
+    frame = make_frame(make_payload(999), protocol=UDP if udp else TCP, version=version)
+    header = (udp_header if udp else tcp_header)(version=version)
+    link.deliver(frame, header=header.pack())
+    [got] = driver.receive()
+    assert got.buffers == (-(-(12 + len(frame)) // 200) if mergeable else 1)
+    if accepted:
+        assert got.header == header._replace(num_buffers=got.buffers)
+        assert got.data == frame
+    else:
+        assert got.header == NetHeader(num_buffers=got.buffers)
+        assert_whole(got.data, udp=udp, version=version)
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_data_valid_reaches_only_a_guest_that_knows_it(
+    memory: GuestMemory, link: ScriptedLink, accepted: bool
+) -> None:
+    driver = World(memory, link).drive(features("GUEST_CSUM") if accepted else VERSION_1)
+    link.deliver(FRAME, header=NetHeader(flags=HdrFlag.DATA_VALID).pack())
+    [got] = driver.receive()
+    assert got.header.flags == (HdrFlag.DATA_VALID if accepted else 0)
+    assert got.data == FRAME
+
+
+@pytest.mark.parametrize("flags", [4, 5, 6, 8, 0xF0, 0xFF])
+@pytest.mark.parametrize("accepted", [False, True])
+def test_flags_that_were_never_negotiated_reach_no_guest(
+    memory: GuestMemory, link: ScriptedLink, flags: int, accepted: bool
+) -> None:
+    driver = World(memory, link).drive(features("GUEST_CSUM") if accepted else VERSION_1)
+    frame = make_frame(b"abc")
+    link.deliver(frame, header=tcp_header()._replace(flags=flags).pack())
+    [got] = driver.receive()
+    assert got.header.flags & ~3 == 0
+    assert accepted or not got.header.flags
+
+
+GSO = [
+    ("GUEST_TSO4", False, 4, False),
+    ("GUEST_TSO6", False, 6, False),
+    ("GUEST_USO4", True, 4, False),
+    ("GUEST_USO6", True, 6, False),
+    ("GUEST_ECN", False, 4, True),
+    ("GUEST_ECN", False, 6, True),
+]
+
+
+@pytest.mark.parametrize(("feature", "udp", "version", "ecn"), GSO)
+@pytest.mark.parametrize("mergeable", [False, True])
+def test_a_gso_frame_is_cut_for_a_guest_without_the_feature(
+    memory: GuestMemory,
+    link: ScriptedLink,
+    feature: str,
+    udp: bool,
+    version: int,
+    ecn: bool,
+    mergeable: bool,
+) -> None:
+    payload = make_payload(20000)
+    frame = make_frame(
+        payload,
+        protocol=UDP if udp else TCP,
+        version=version,
+        tcp_flags=0x98 if ecn else 0x18,
+    )
+    header = (
+        udp_header(1400, version=version) if udp else tcp_header(1400, version=version, ecn=ecn)
+    )
+    everything = features(*GUEST_OFFLOADS, *(["MRG_RXBUF"] * mergeable))
+    world = World(memory, link)
+    driver = world.drive(everything)
+    link.deliver(frame, header=header.pack())
+    [got] = driver.receive()
+    assert got.data == frame and got.header == header._replace(num_buffers=got.buffers)
+
+    start = (34 if version == 4 else 54) + (8 if udp else 20)
+    driver.close()
+    driver = world.drive(everything & ~(1 << NetFeature[feature]))
+    link.deliver(frame, header=header.pack())
+    segments = driver.receive()
+    assert len(segments) == 15
+    assert b"".join(segment.data[start:] for segment in segments) == payload
+    assert all(segment.header.gso_type == 0 for segment in segments)
+
+    driver.close()
+    driver = world.drive(VERSION_1 | (MRG if mergeable else 0))
+    link.deliver(frame, header=header.pack())
+    segments = driver.receive()
+    assert b"".join(segment.data[start:] for segment in segments) == payload
+    for segment in segments:
+        assert segment.header == NetHeader(num_buffers=1)
+        assert_whole(segment.data, udp=udp, version=version)
+    assert world.dropped("rx") == {}
+
+
+def test_segments_wait_for_room_one_by_one(memory: GuestMemory, link: ScriptedLink) -> None:
+    world = World(memory, link)
+    guest = world.raw(VERSION_1)
+    payload = make_payload(1000)
+    guest.offer(0, (), [guest.room(2000)])
+    link.deliver(make_frame(payload), FRAME, header=tcp_header(100).pack())
+    link.port.incoming[0] = (PLAIN, FRAME)
+    assert [count for _, count in guest.used(0)] == [12 + 54 + 100]
+    for _ in range(9):
+        guest.offer(0, (), [guest.room(2000)])
+        assert [count for _, count in guest.used(0)] == [12 + 54 + 100]
+    guest.offer(0, (), [guest.room(2000)])
+    assert [count for _, count in guest.used(0)] == [72]
+
+
+def test_complete_checksums_are_for_programs_that_read_raw_frames(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Past bug: partial checksums reached DHCP clients, which read frames as they are."""
+    world = World(memory, link, complete_checksums=True)
+    driver = world.drive()
+    assert driver.has_feature(NetFeature.GUEST_CSUM)
+    assert link.requested[-1] == Offload.NONE
+    link.deliver(make_frame(make_payload(300), protocol=UDP), header=udp_header().pack())
+    [got] = driver.receive()
+    assert got.header == NetHeader(num_buffers=1)
+    assert_whole(got.data, udp=True, version=4)
+    link.deliver(FRAME, header=NetHeader(flags=HdrFlag.DATA_VALID).pack())
+    assert driver.receive()[0].header == NetHeader(num_buffers=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "offloads"),
+    [
+        ((), Offload.NONE),
+        (("GUEST_CSUM",), Offload.CSUM),
+        (("GUEST_CSUM", "GUEST_TSO4"), Offload.CSUM | Offload.TSO4),
+        (("CSUM", "HOST_TSO4", "HOST_TSO6"), Offload.NONE),
+        (
+            ("GUEST_CSUM", "GUEST_TSO6", "GUEST_ECN", "GUEST_USO4"),
+            Offload.CSUM | Offload.TSO6 | Offload.ECN | Offload.USO4,
+        ),
+    ],
+)
+def test_the_link_is_asked_for_what_was_accepted(
+    memory: GuestMemory, link: ScriptedLink, names: tuple[str, ...], offloads: Offload
+) -> None:
+    """Past bug: tap offloads were set from features that were offered, not acknowledged."""
+    World(memory, link).drive(features(*names))
+    assert set(link.requested[:1]) <= {Offload.NONE}
+    assert link.requested[-1] == offloads
+    assert all(not asked & ~offloads for asked in link.requested)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (tcp_header(100)._replace(gso_size=0), "gso size zero"),
+        (tcp_header(100)._replace(gso_type=4), "gso wrong ip version"),
+        (tcp_header(100)._replace(flags=0), "gso without csum"),
+        (tcp_header()._replace(csum_start=1000), "csum beyond frame"),
+    ],
+)
+def test_a_header_that_lies_is_dropped_where_the_device_has_to_act_on_it(
+    memory: GuestMemory, link: ScriptedLink, header: NetHeader, reason: str
+) -> None:
+    world = World(memory, link)
+    driver = world.drive(MRG)
+    link.deliver(make_frame(make_payload(500)), header=header.pack())
+    link.deliver(FRAME)
+    assert [frame.data for frame in driver.receive()] == [FRAME]
+    assert world.dropped("rx") == {reason: 1}
+
+
+# --- the MTU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_plain_frames_beyond_the_mtu_do_not_pass(
+    memory: GuestMemory, link: ScriptedLink, accepted: bool
+) -> None:
+    """virtio 1.3, 5.1.4.1: with MTU negotiated, and then with two VLAN tags at the most."""
+    world = World(memory, link, mtu=1000)
+    driver = world.drive(features(*GUEST_OFFLOADS, *(["MTU"] * accepted)))
+    link.deliver(make_payload(1014), make_payload(1022), make_payload(1023))
+    assert [len(frame.data) for frame in driver.receive()] == [1014, 1022, *[1023] * (not accepted)]
+    link.deliver(make_frame(make_payload(5000)), header=tcp_header(900).pack())
+    assert [len(frame.data) for frame in driver.receive()] == [5054], "but GSO frames do"
+    assert world.dropped("rx") == ({"longer than the mtu": 1} if accepted else {})
+
+
+def test_segments_beyond_the_mtu_do_not_pass_either(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    world = World(memory, link, mtu=1000)
+    driver = world.drive(features("MTU", "MRG_RXBUF"))
+    link.deliver(make_frame(make_payload(3000)), header=tcp_header(1400).pack())
+    assert [len(frame.data) for frame in driver.receive()] == [54 + 200]
+    assert world.dropped("rx") == {"longer than the mtu": 2}
+
+
+# --- a locked MAC --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [-1, MRG, VERSION_1])
+def test_frames_for_others_never_touch_the_guests_memory(
+    memory: GuestMemory, link: ScriptedLink, wanted: int
+) -> None:
+    """Not even where a buffer was lent and is not used: a guest can look there at any time."""
+    world = World(memory, link, lock_mac=True)
+    driver = world.drive(wanted)
+    before = snapshot(memory)
+    secret = ethernet(b"secret" * 100, to=OTHER_MAC)
+    link.deliver(secret, ethernet(b"", to=b"\2\2\2\2\2\2"), b"", OUR_MAC[:5], secret)
+    used = [part for queue in driver._receive for part in used_parts(queue.ring)]
+    assert not touched_outside(memory, before, used)
+    assert driver.receive() == []
+    assert world.dropped("rx") == {"filtered": 5}
+    mine = [ethernet(b"mine"), ethernet(b"all", to=b"\xff" * 6), ethernet(b"m", to=b"\1" * 6)]
+    link.deliver(secret, mine[0], secret, *mine[1:])
+    assert [frame.data for frame in driver.receive()] == mine
+    for region in memory.regions:
+        assert b"secretsecret" not in bytes(region.view)
+
+
+def test_without_a_lock_the_guest_gets_all_frames(memory: GuestMemory, link: ScriptedLink) -> None:
+    driver = World(memory, link).drive()
+    link.deliver(ethernet(b"", to=OTHER_MAC))
+    assert len(driver.receive()) == 1
+
+
+def test_a_locked_mac_with_offloads_and_many_buffers(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    driver = World(memory, link, lock_mac=True, mac=make_frame(b"")[:6]).drive()
+    frame = make_frame(make_payload(50000))
+    link.deliver(frame, header=tcp_header(1448).pack())
+    [got] = driver.receive()
+    assert got.data == frame and got.buffers == 25
+    driver.restart()
+    driver = World(memory, link, lock_mac=True, mac=make_frame(b"")[:6]).drive(MRG)
+    link.deliver(frame, header=tcp_header(1448).pack())
+    assert b"".join(f.data[54:] for f in driver.receive()) == make_payload(50000)
