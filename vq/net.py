@@ -1,12 +1,13 @@
 """The virtio network device over a `Link` (virtio 1.3, 5.1).
 
-`NetDevice` moves bursts of frames between a guest's queues and the ports of a link, and carries out
-what the guest asks for on the control queue. Every feature is negotiated before it is used, in both
-directions; what the guest leaves undone and the link cannot do is done in software.
+`NetDevice` moves bursts of frames between a guest's queues and the ports of a link. Every feature
+is negotiated before it is used, in both directions; what the guest leaves undone and the link
+cannot do is done in software.
 
-The path of a frame towards the host: chains are popped in a burst, each frame's net header is
-copied and checked, the link writes straight out of guest memory, and the buffers go back in one
-burst with at most one call. Towards the guest see `vq.net_receive`.
+Towards the host chains are popped in a burst, made into frames (`vq.net_transmit`), written by the
+link straight out of guest memory, and given back in one burst with at most one call. Towards the
+guest the link reads into a window of its buffers (`vq.net_receive`). What the guest asks for on the
+control queue is in `vq.net_control`, the filters that it sets in `vq.net_filter`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vq.abi import (
     CTRL_ERR,
     CTRL_OK,
     NET_HDR_SIZE,
-    CtrlAnnounce,
-    CtrlClass,
-    CtrlGuestOffloads,
-    CtrlMac,
-    CtrlMq,
-    CtrlRx,
-    CtrlVlan,
     DeviceId,
     NetConfig,
     NetFeature,
@@ -41,8 +35,10 @@ from vq.device import RING_FEATURES, Device, Queue, Watch
 from vq.errors import DriverError, UsageError
 from vq.link import Frame, Link, Port
 from vq.memory import GuestMemory
+from vq.net_control import MAX_COMMAND, carry_out
 from vq.net_filter import BROADCAST, ReceiveFilter
 from vq.net_receive import ReceiveWindow
+from vq.net_transmit import FrameMaker, Responder
 from vq.offload import (
     Offload,
     features_for_guest,
@@ -50,8 +46,8 @@ from vq.offload import (
     guest_offloads,
     host_offloads,
 )
-from vq.packet import Buffer, copy_range, cut
-from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
+from vq.packet import copy_range
+from vq.software import PLAIN_HEADER
 from vq.split_ring import Chain, SplitRing
 
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
@@ -62,22 +58,13 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
 """A locally administered unicast address, for devices whose maker did not choose one."""
-Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
-"""Is shown a frame from the guest, and gives the whole frame that answers it, or None.
-
-The pieces are views of guest memory, whose bytes may change between two looks at them.
-"""
 MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
-MAX_CONTROL = 65536
-"""The longest control command in bytes; enough for 10,000 addresses."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
-_ETHERNET = 14
-_ETHERNET_AND_VLANS = _ETHERNET + 2 * 4
-_NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
+_ETHERNET_AND_VLANS = 14 + 2 * 4
 
 _CSUM = 1 << NetFeature.CSUM
 _GUEST_CSUM = 1 << NetFeature.GUEST_CSUM
@@ -108,8 +95,7 @@ ALWAYS_OFFERED = RING_FEATURES | feature_mask(
         NetFeature.GUEST_ANNOUNCE,
     )
 )
-GUEST_OFFLOAD_FEATURES = features_for_guest(~Offload.NONE)
-OFFLOAD_FEATURES = features_for_host(~Offload.NONE) | GUEST_OFFLOAD_FEATURES
+OFFLOAD_FEATURES = features_for_host(~Offload.NONE) | features_for_guest(~Offload.NONE)
 # They mean nothing without the control queue, though 5.1.3.1 lets a driver accept them alone.
 _ONLY_WITH_CTRL_VQ = feature_mask((NetFeature.CTRL_RX_EXTRA, NetFeature.CTRL_GUEST_OFFLOADS))
 
@@ -205,7 +191,7 @@ class NetDevice(Device):
         self.mac = mac
         self.lock_mac = lock_mac
         self.complete_checksums = complete_checksums
-        self._responders = tuple(responders)
+        self._frame_maker = FrameMaker(link, responders=responders, stats=self.stats)
         self._max_pairs = queue_pairs
         self._link_up = link.is_up
         self._working = False
@@ -223,7 +209,8 @@ class NetDevice(Device):
 
     def features_negotiated(self, features: int) -> None:
         """Takes up what the driver accepted, and asks the link to deliver accordingly."""
-        self._host_offloads = host_offloads(features)
+        self._frame_maker.allowed = host_offloads(features)
+        self._frame_maker.locked_mac = self.mac if self.lock_mac else None
         self._guest_offloads = guest_offloads(features)
         if features >> NetFeature.CTRL_VLAN & 1:
             self.filter.vlans = set()
@@ -245,7 +232,7 @@ class NetDevice(Device):
         """Forgets all that the driver set (virtio 1.3, 2.4), but not whether the cable is in."""
         self._config.status = int(NetStatus.LINK_UP) if self._link_up else 0
         self.filter = ReceiveFilter(self.mac)
-        self._host_offloads = Offload.NONE
+        self._frame_maker.allowed = Offload.NONE
         self._guest_offloads = Offload.NONE
         self._control_index = None
         self._pairs = 1
@@ -354,6 +341,42 @@ class NetDevice(Device):
         if self.has_feature(NetFeature.GUEST_ANNOUNCE):
             self.update_config(status=self.config_status | NetStatus.ANNOUNCE)
 
+    # --- for commands of the driver (`vq.net_control`) --------------------------------------------
+
+    @property
+    def max_pairs(self) -> int:
+        """How many queue pairs the device has."""
+        return self._max_pairs
+
+    def set_address(self, mac: bytes) -> None:
+        """The driver's own choice of the address; it stands in the configuration space too."""
+        self.filter.mac = mac
+        self.update_config(mac=(ctypes.c_uint8 * 6)(*mac))
+
+    def announced(self) -> None:
+        """The guest has made itself known on its network."""
+        self.update_config(status=self.config_status & ~NetStatus.ANNOUNCE)
+
+    def activate_pairs(self, pairs: int) -> None:
+        """Uses the first `pairs` queue pairs."""
+        self._active_pairs = pairs
+        self._activate_ports()
+        for index, window in self._windows.items():
+            if index < 2 * pairs:
+                self._interrupted.append(index)  # look for frames once this command is done
+            else:
+                window.drop_pending("queue stopped")
+
+    def set_guest_offloads(self, offloads: Offload) -> None:
+        """What the guest takes undone from now on."""
+        self._guest_offloads = offloads
+
+    def filters_changed(self) -> None:
+        """A command was carried out: windows and link follow."""
+        self._configure_receiving()
+
+    # --- for migration ----------------------------------------------------------------------------
+
     def send_rarp(self, mac: bytes) -> None:
         """Broadcasts a RARP request that seems to come from `mac` (RFC 903).
 
@@ -404,7 +427,8 @@ class NetDevice(Device):
         self.filter = filters
         self._config.mac[:] = filters.mac
         self._guest_offloads = Offload(int(state["offloads"])) & self._guest_offloads
-        self._activate(pairs)
+        self._active_pairs = pairs
+        self._activate_ports()
         self._configure_receiving()
 
     @property
@@ -424,7 +448,7 @@ class NetDevice(Device):
         for _ in range(BURSTS_PER_TURN):
             chains = ring.pop_burst(BURST)
             if chains:
-                burst = self._burst(queue, chains)
+                burst = self._frame_maker.make(queue.name, chains)
                 blocked = not self._send(queue, ring, burst.frames, burst.owners)
                 if self._holds(queue, ring):
                     ring.write_used_burst(burst.dropped)
@@ -443,78 +467,6 @@ class NetDevice(Device):
             else:
                 ring.disable_kicks()
         return True
-
-    def _burst(self, queue: Queue, chains: Sequence[Chain]) -> _Burst:
-        """Makes frames for the link out of a burst of chains."""
-        burst = _Burst()
-        frames, owners = burst.frames, burst.owners
-        lock_mac = self.lock_mac
-        responders = self._responders
-        for chain in chains:
-            pieces = chain.readable
-            if chain.writable or not pieces:
-                burst.misfit(queue, chain)
-                continue
-            first = pieces[0]
-            # The header is copied before it is looked at: what is checked is what is used.
-            if len(first) > NET_HDR_SIZE:
-                header = bytes(first[:NET_HDR_SIZE])
-                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
-            elif len(first) == NET_HDR_SIZE:
-                header = bytes(first)
-                frame = [header, *pieces[1:]]
-            else:  # the header may lie over descriptors in any way (virtio 1.3, 2.7.4.1)
-                header = copy_range(pieces, 0, NET_HDR_SIZE)
-                if len(header) < NET_HDR_SIZE:
-                    burst.misfit(queue, chain)
-                    continue
-                frame = [header, *cut(pieces, NET_HDR_SIZE)]
-            if lock_mac and not self._lock_source(frame):
-                self._drop_sent(burst, chain, "source address")
-            elif header.startswith(_NOTHING_UNDONE):
-                if responders and self._answered(burst, chain, frame):
-                    continue
-                frame[0] = PLAIN_HEADER
-                frames.append(frame)
-                owners.append(chain)
-            else:
-                self._take_undone(burst, chain, frame)
-        return burst
-
-    def _take_undone(self, burst: _Burst, chain: Chain, frame: Frame) -> None:
-        """Checks a frame that leaves work undone, and does the part that the link does not do."""
-        try:
-            checked = check_frame(frame, sum(map(len, frame[1:])), self._host_offloads)
-            if self._responders and self._answered(burst, chain, checked):
-                return
-            finished = finish(checked, self.link.accepts)
-        except HeaderLie as lie:
-            self._drop_sent(burst, chain, lie.reason)
-            return
-        burst.frames += finished
-        burst.owners += [None] * (len(finished) - 1)
-        burst.owners.append(chain)
-
-    def _answered(self, burst: _Burst, chain: Chain, frame: Frame) -> bool:
-        """Whether a responder answers a frame; then that is all that becomes of it."""
-        for responder in self._responders:
-            answer = responder(frame[1:])
-            if answer is not None:
-                self.stats["tx_answered"] += 1
-                burst.answers.append(answer)
-                burst.dropped.append(chain)
-                return True
-        return False
-
-    def _lock_source(self, frame: Frame) -> bool:
-        """Whether the frame comes from our own address; its Ethernet header becomes private."""
-        start = copy_range(frame[1:], 0, _ETHERNET)
-        frame[1:] = [start, *cut(frame[1:], len(start))]
-        return start[6:12] == self.mac
-
-    def _drop_sent(self, burst: _Burst, chain: Chain, reason: str) -> None:
-        self.stats["tx_dropped: " + reason] += 1
-        burst.dropped.append(chain)
 
     def _send(
         self,
@@ -782,7 +734,7 @@ class NetDevice(Device):
                     head=chain.head,
                     section="5.1.6.5",
                 )
-            done = self._command(copy_range(chain.readable, 0, MAX_CONTROL + 1))
+            done = carry_out(self, copy_range(chain.readable, 0, MAX_COMMAND + 1))
             if not self._holds(queue, ring):
                 return False
             chain.writable[0][0] = CTRL_OK if done else CTRL_ERR
@@ -791,133 +743,6 @@ class NetDevice(Device):
             self.stats["control_commands" if done else "control_refused"] += 1
         self.publish(queue)
         return self._holds(queue, ring) and (bool(chains) or ring.enable_kicks())
-
-    def _command(self, data: bytes) -> bool:
-        """Carries out one command; False refuses it."""
-        if not 2 <= len(data) <= MAX_CONTROL:
-            return False
-        kind, command, payload = data[0], data[1], data[2:]
-        commands: dict[int, Callable[[int, bytes], bool]] = {
-            CtrlClass.RX: self._set_receive_mode,
-            CtrlClass.MAC: self._set_addresses,
-            CtrlClass.VLAN: self._set_vlan,
-            CtrlClass.ANNOUNCE: self._acknowledge_announce,
-            CtrlClass.MQ: self._set_pairs,
-            CtrlClass.GUEST_OFFLOADS: self._set_guest_offloads,
-        }
-        carry_out = commands.get(kind)
-        if carry_out is None or not carry_out(command, payload):
-            return False
-        self._configure_receiving()
-        return True
-
-    def _set_receive_mode(self, command: int, payload: bytes) -> bool:
-        basic = command in (CtrlRx.PROMISC, CtrlRx.ALLMULTI)
-        needed = NetFeature.CTRL_RX if basic else NetFeature.CTRL_RX_EXTRA
-        if not self.has_feature(needed) or len(payload) != 1:
-            return False
-        return self.filter.set_mode(command, bool(payload[0]))
-
-    def _set_addresses(self, command: int, payload: bytes) -> bool:
-        if command == CtrlMac.ADDR_SET:
-            return self._set_address(payload)
-        if command != CtrlMac.TABLE_SET or not self.has_feature(NetFeature.CTRL_RX):
-            return False
-        tables: list[list[bytes]] = []
-        for _ in range(2):
-            if len(payload) < 4:
-                return False
-            end = 4 + 6 * int.from_bytes(payload[:4], "little")
-            if len(payload) < end:
-                return False
-            tables.append([payload[start : start + 6] for start in range(4, end, 6)])
-            payload = payload[end:]
-        if payload:
-            return False
-        self.filter.set_tables(*tables)
-        return True
-
-    def _set_address(self, mac: bytes) -> bool:
-        allowed = self.has_feature(NetFeature.CTRL_MAC_ADDR) and not self.lock_mac
-        if not allowed or len(mac) != 6 or mac[0] & 1:
-            return False
-        self.filter.mac = mac
-        self.update_config(mac=(ctypes.c_uint8 * 6)(*mac))
-        return True
-
-    def _set_vlan(self, command: int, payload: bytes) -> bool:
-        vlans = self.filter.vlans
-        if vlans is None or len(payload) != 2:
-            return False
-        vlan = int.from_bytes(payload, "little")
-        if vlan > 0xFFF:
-            return False
-        if command == CtrlVlan.ADD:
-            vlans.add(vlan)
-        elif command == CtrlVlan.DEL:
-            vlans.discard(vlan)
-        else:
-            return False
-        return True
-
-    def _acknowledge_announce(self, command: int, payload: bytes) -> bool:
-        if command != CtrlAnnounce.ACK or not self.has_feature(NetFeature.GUEST_ANNOUNCE):
-            return False
-        self.update_config(status=self.config_status & ~NetStatus.ANNOUNCE)
-        return True
-
-    def _set_pairs(self, command: int, payload: bytes) -> bool:
-        if command != CtrlMq.VQ_PAIRS_SET or not self.has_feature(NetFeature.MQ):
-            return False
-        pairs = int.from_bytes(payload, "little")
-        if len(payload) != 2 or not 1 <= pairs <= self._max_pairs:
-            return False
-        self._activate(pairs)
-        for index, window in self._windows.items():
-            if index < 2 * pairs:
-                self._interrupted.append(index)  # look for frames once this command is done
-            else:
-                window.drop_pending("queue stopped")
-        return True
-
-    def _activate(self, pairs: int) -> None:
-        self._active_pairs = pairs
-        self._activate_ports()
-
-    def _set_guest_offloads(self, command: int, payload: bytes) -> bool:
-        negotiated = self.has_feature(NetFeature.CTRL_GUEST_OFFLOADS)
-        if command != CtrlGuestOffloads.SET or not negotiated or len(payload) != 8:
-            return False
-        wanted = int.from_bytes(payload, "little")
-        if wanted & ~(self.driver_features & GUEST_OFFLOAD_FEATURES):
-            return False
-        self._guest_offloads = guest_offloads(wanted)
-        return True
-
-
-class _Burst:
-    """A burst of chains turned into frames."""
-
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.owners: list[Chain | None] = []
-        """For each frame the chain that is done with it: None for all but the last segment."""
-        self.dropped: list[Chain] = []
-        self.answers: list[bytes] = []
-        """What responders have to say to some of those."""
-        self.fault: DriverError | None = None
-
-    def misfit(self, queue: Queue, chain: Chain) -> None:
-        """A chain that is no frame: it goes back, and the device will need a reset."""
-        self.dropped.append(chain)
-        self.fault = DriverError(
-            "a writable buffer in a transmit queue"
-            if chain.writable
-            else f"a frame of {chain.readable_size} bytes, without a whole net header",
-            queue=queue.name,
-            head=chain.head,
-            section="5.1.6.2",
-        )
 
 
 def _length(frame: Frame) -> int:

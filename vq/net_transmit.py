@@ -1,0 +1,152 @@
+"""Frames that a guest sends: from chains of its transmit queue to frames for a link.
+
+`FrameMaker` copies each frame's net header out of guest memory, checks it against what the guest
+negotiated and against the frame, and does in software what the link does not (virtio 1.3,
+5.1.6.2). The frame's bytes are not copied: the link writes them straight out of guest memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from vq.abi import NET_HDR_SIZE
+from vq.errors import DriverError
+from vq.link import Frame, Link
+from vq.offload import Offload
+from vq.packet import Buffer, copy_range, cut
+from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
+from vq.split_ring import Chain
+
+__all__ = ["Burst", "FrameMaker", "Responder"]
+
+Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
+"""Is shown a frame from the guest, and gives the whole frame that answers it, or None.
+
+The pieces are views of guest memory, whose bytes may change between two looks at them.
+"""
+_ETHERNET = 14
+_NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
+
+
+class Burst:
+    """A burst of chains turned into frames."""
+
+    __slots__ = ("answers", "dropped", "fault", "frames", "owners")
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.owners: list[Chain | None] = []
+        """For each frame the chain that is done with it: None for all but the last segment."""
+        self.dropped: list[Chain] = []
+        """Chains of which nothing goes to the link."""
+        self.answers: list[bytes] = []
+        """Frames for the guest, from responders."""
+        self.fault: DriverError | None = None
+        """A rule that a chain broke, to be raised once the others are dealt with."""
+
+
+class FrameMaker:
+    """Makes frames for a link out of one device's chains.
+
+    `allowed` is what the guest may leave undone; `link` says what it takes undone. With
+    `locked_mac` only frames from that address pass. `responders` are asked in turn about every
+    frame; one that is answered does not go to the link. `stats` counts ``tx_dropped: reason`` and
+    ``tx_answered``.
+    """
+
+    def __init__(self, link: Link, *, responders: Sequence[Responder], stats: Counter[str]) -> None:
+        self.allowed = Offload.NONE
+        self.locked_mac: bytes | None = None
+        self._link = link
+        self._responders = tuple(responders)
+        self._stats = stats
+
+    def make(self, queue: str, chains: Sequence[Chain]) -> Burst:
+        """The frames in `chains`, which are of the queue of this name, and what became of others.
+
+        A chain that is no frame at all comes back in `dropped`, with a `fault`.
+        """
+        burst = Burst()
+        frames, owners = burst.frames, burst.owners
+        locked = self.locked_mac is not None
+        responders = self._responders
+        for chain in chains:
+            pieces = chain.readable
+            if chain.writable or not pieces:
+                _misfit(burst, queue, chain)
+                continue
+            first = pieces[0]
+            # The header is copied before it is looked at: what is checked is what is used.
+            if len(first) > NET_HDR_SIZE:
+                header = bytes(first[:NET_HDR_SIZE])
+                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
+            elif len(first) == NET_HDR_SIZE:
+                header = bytes(first)
+                frame = [header, *pieces[1:]]
+            else:  # the header may lie over descriptors in any way (virtio 1.3, 2.7.4.1)
+                header = copy_range(pieces, 0, NET_HDR_SIZE)
+                if len(header) < NET_HDR_SIZE:
+                    _misfit(burst, queue, chain)
+                    continue
+                frame = [header, *cut(pieces, NET_HDR_SIZE)]
+            if locked and not self._lock_source(frame):
+                self._drop(burst, chain, "source address")
+            elif header.startswith(_NOTHING_UNDONE):
+                if responders and self._answered(burst, chain, frame):
+                    continue
+                frame[0] = PLAIN_HEADER
+                frames.append(frame)
+                owners.append(chain)
+            else:
+                self._take_undone(burst, chain, frame)
+        return burst
+
+    def _take_undone(self, burst: Burst, chain: Chain, frame: Frame) -> None:
+        """Checks a frame that leaves work undone, and does the part that the link does not do."""
+        try:
+            checked = check_frame(frame, sum(map(len, frame[1:])), self.allowed)
+            if self._responders and self._answered(burst, chain, checked):
+                return
+            finished = finish(checked, self._link.accepts)
+        except HeaderLie as lie:
+            self._drop(burst, chain, lie.reason)
+            return
+        burst.frames += finished
+        burst.owners += [None] * (len(finished) - 1)
+        burst.owners.append(chain)
+
+    def _answered(self, burst: Burst, chain: Chain, frame: Frame) -> bool:
+        """Whether a responder answers a frame; then that is all that becomes of it."""
+        for responder in self._responders:
+            answer = responder(frame[1:])
+            if answer is not None:
+                self._stats["tx_answered"] += 1
+                burst.answers.append(answer)
+                burst.dropped.append(chain)
+                return True
+        return False
+
+    def _lock_source(self, frame: Frame) -> bool:
+        """Whether the frame has the right source; its Ethernet header becomes private for that."""
+        start = copy_range(frame[1:], 0, _ETHERNET)
+        frame[1:] = [start, *cut(frame[1:], len(start))]
+        return start[6:12] == self.locked_mac
+
+    def _drop(self, burst: Burst, chain: Chain, reason: str) -> None:
+        self._stats["tx_dropped: " + reason] += 1
+        burst.dropped.append(chain)
+
+
+def _misfit(burst: Burst, queue: str, chain: Chain) -> None:
+    """A chain that is no frame: it goes back, and the device will need a reset."""
+    burst.dropped.append(chain)
+    burst.fault = DriverError(
+        "a writable buffer in a transmit queue"
+        if chain.writable
+        else f"a frame of {chain.readable_size} bytes, without a whole net header",
+        queue=queue,
+        head=chain.head,
+        section="5.1.6.2",
+    )
