@@ -1,8 +1,8 @@
 """The taps of OpenBSD and FreeBSD with real network stacks on both sides.
 
-A pump in this process stands in the net device's place: on one side a Linux tap in a namespace of
-its own plays the guest, with checksums and segments left undone in what it sends and takes; on the
-other side is the stand-in for the BSD kernel, whose tap is a Linux tap in a second namespace.
+A pump (see `pump`) stands in the net device's place: on one side a Linux kernel plays the guest,
+with checksums and segments left undone in what it sends and takes; on the other side is the
+stand-in for the BSD kernel, whose tap is a Linux tap in a second namespace.
 
 At the end a scripted guest and the net device itself take the pump's place.
 
@@ -15,73 +15,44 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import select
-import shutil
 import socket
 import struct
-import subprocess
-import sys
-import threading
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from net_frames import QINQ, UDP, VLAN, make_frame, make_payload
+from pump import (
+    HOST,
+    VNET,
+    Collected,
+    Pump,
+    ScriptedGuest,
+    exchange,
+    need_two_hosts,
+    retag,
+    run,
+    two_namespaces,
+    without,
+)
 
-from vq.abi import NET_HDR, Feature, NetFeature, feature_mask
-from vq.link import Frame, FrameBuffer, Link, Port
-from vq.memory import GuestMemory
-from vq.net import NetDevice
-from vq.net_driver import NET_DRIVER_FEATURES, NetDriver
-from vq.offload import ALL, Offload, host_offloads
-from vq.software import finish
+from vq.abi import Feature, NetFeature
+from vq.link import FrameBuffer, Link
+from vq.net_driver import NET_DRIVER_FEATURES
+from vq.offload import ALL, Offload
 from vq.tap_bsd import FreeBsdTap, OpenBsdTap
-from vq.tap_linux import LinuxTap
 from vq.testing.bsd_tap import FreeBsdKernel, OpenBsdKernel
 from vq.tun_hdr import TUN_HDR
 
 
-def why_not() -> str | None:
-    if sys.platform != "linux":
-        return "the stand-ins need Linux taps"
-    if os.geteuid() or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        return "needs root and /dev/net/tun"
-    if not shutil.which("ip") or not shutil.which("ping"):
-        return "needs ip (iproute2) and ping"
-    probe = f"btp{os.getpid()}"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True, timeout=20).returncode:
-        return "this kernel or container makes no network namespace"
-    subprocess.run(["ip", "netns", "del", probe], check=True, timeout=20)
-    return None
+@pytest.fixture(autouse=True)
+def two_hosts() -> None:
+    need_two_hosts()
 
-
-pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=str(reason))
 
 O_TAP = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-GUEST, HOST = f"btg{os.getpid()}", f"bth{os.getpid()}"
-"""Names of the namespaces, and of the taps in them."""
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout
-
-
-VNET = struct.Struct("=BBHHHH")
-
-
-def retag(header: Sequence[int], data: bytes, old: bytes, new: bytes) -> tuple[list[int], bytes]:
-    """A frame with other VLAN tags; of its net header hdr_len and csum_start move with them."""
-    assert data[12 : 12 + len(old)] == old
-    fields, shift = list(header), len(new) - len(old)
-    fields[2] += shift if fields[1] else 0
-    fields[4] += shift if fields[0] & 1 else 0
-    return fields, data[:12] + new + data[12 + len(old) :]
 
 
 class Counting:
@@ -123,193 +94,6 @@ class CountingFreeBsd(Counting, FreeBsdKernel):
     pass
 
 
-class Collected:
-    """Room for frames, which are copied out of it."""
-
-    def __init__(self) -> None:
-        self.memory = memoryview(bytearray(70000))
-        self.frames: list[Frame] = []
-
-    def views(self) -> Sequence[memoryview]:
-        return [self.memory[:77], self.memory[77:]]
-
-    def commit(self, header: bytes, length: int) -> None:
-        self.frames.append([header, bytes(self.memory[:length])])
-
-
-class Pump(threading.Thread):
-    """Carries frames between a guest's link and the host's, finishing what the other cannot."""
-
-    def __init__(self, guest: Link, host: Link, guest_takes: Offload, tags: bytes) -> None:
-        super().__init__(daemon=True)
-        self.guest, self.host, self.guest_takes, self.tags = guest, host, guest_takes, tags
-        self.stop_read, self.stop_write = os.pipe()
-        self.error = ""
-        self.start()
-
-    def run(self) -> None:
-        fds = [self.guest.ports[0].fileno(), self.host.ports[0].fileno(), self.stop_read]
-        try:
-            while True:
-                readable = select.select(fds, [], [])[0]
-                if self.stop_read in readable:
-                    return
-                self.carry_all()
-        except Exception:
-            self.error = traceback.format_exc()
-
-    def carry_all(self) -> None:
-        guest, host = self.guest.ports[0], self.host.ports[0]
-        self.carry(guest, host, self.host.accepts, b"", self.tags)
-        self.carry(host, guest, self.guest_takes, self.tags, b"")
-
-    @staticmethod
-    def carry(source: Port, target: Port, accepts: Offload, old: bytes, new: bytes) -> None:
-        room = Collected()
-        if not source.read_burst(room, 64):
-            return
-        outgoing: list[Frame] = []
-        for header, data in room.frames:
-            fields, whole = retag(NET_HDR.unpack(header), bytes(data), old, new)
-            outgoing += finish([NET_HDR.pack(*fields), whole], accepts)
-        assert target.write_burst(outgoing) == len(outgoing)
-
-    def stop(self) -> None:
-        """Ends the thread; what went wrong in it is raised here."""
-        os.write(self.stop_write, b"x")
-        self.join(20)
-        os.close(self.stop_read)
-        os.close(self.stop_write)
-        assert not self.error, self.error
-
-
-@contextlib.contextmanager
-def namespace(name: str, tap: str, host_part: int) -> Iterator[None]:
-    """Moves a tap into a namespace of its own, with addresses."""
-    run("ip", "netns", "add", name)
-    try:
-        run("ip", "link", "set", tap, "netns", name)
-        commands = [
-            f"addr add 10.88.0.{host_part}/24 dev {tap}",
-            f"addr add fd88::{host_part}/64 dev {tap} nodad",
-            f"link set {tap} up",
-            "link set lo up",
-        ]
-        for command in commands:
-            run("ip", "-n", name, *command.split())
-        yield
-    finally:
-        run("ip", "netns", "del", name)
-
-
-ADDRESSES = ("10.88.0.2", "fd88::2")
-
-SERVER = """
-import socket, sys, threading
-def echo(connection):
-    data = bytearray()
-    while piece := connection.recv(1 << 16):
-        data += piece
-    connection.sendall(data)
-    connection.close()
-udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-udp.bind(("::", 5002))
-def datagrams():
-    while True:
-        data, sender = udp.recvfrom(1 << 16)
-        udp.sendto(data, sender)
-threading.Thread(target=datagrams, daemon=True).start()
-listener = socket.create_server(("::", 5001), family=socket.AF_INET6, dualstack_ipv6=True)
-print("ready", flush=True)
-while True:
-    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
-"""
-
-CLIENT = """
-import os, socket, sys, threading
-data = os.urandom(600_000)
-for address in sys.argv[1:]:
-    with socket.create_connection((address, 5001), timeout=20) as tcp:
-        threading.Thread(target=lambda: (tcp.sendall(data), tcp.shutdown(1)), daemon=True).start()
-        back = bytearray()
-        while piece := tcp.recv(1 << 16):
-            back += piece
-        assert back == data, f"TCP, {address}: {len(back)} bytes came back"
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as udp:
-        udp.settimeout(10)
-        udp.connect((address, 5002))
-        for size in (1, 18, 101, 1400, 5000):
-            udp.send(data[:size])
-            assert udp.recv(1 << 16) == data[:size], f"UDP, {address}, {size}"
-        udp.setsockopt(socket.IPPROTO_UDP, 103, 1000)  # UDP_SEGMENT
-        udp.send(data[:5500])
-        got = sorted(udp.recv(1 << 16) for _ in range(6))
-        assert got == sorted(data[i : min(i + 1000, 5500)] for i in range(0, 5500, 1000)), address
-print("done")
-"""
-
-
-def csum_errors(name: str) -> dict[str, int]:
-    """What the kernel in a namespace counted as wrong checksums and broken headers."""
-    found = {}
-    lines = run("ip", "netns", "exec", name, "cat", "/proc/net/snmp").splitlines()
-    for names, values in zip(lines[::2], lines[1::2], strict=True):
-        protocol, *columns = names.split()
-        for column, value in zip(columns, values.split()[1:], strict=True):
-            found[protocol + column] = int(value)
-    for line in run("ip", "netns", "exec", name, "cat", "/proc/net/snmp6").splitlines():
-        column, value = line.split()
-        found[column] = int(value)
-    wanted = ("CsumErrors", "InHdrErrors")
-    return {key: value for key, value in found.items() if key.endswith(wanted) and value}
-
-
-class ScriptedGuest(Pump):
-    """The same with all of vq in between: the guest's kernel has a driver and the net device."""
-
-    def __init__(self, guest: Link, host: Link, features: int) -> None:
-        (interface,) = json.loads(run("ip", "-n", GUEST, "-j", "link", "show", "dev", GUEST))
-        mac = bytes.fromhex(interface["address"].replace(":", ""))
-        self.memory = GuestMemory.allocate(32 << 20)
-        self.device = NetDevice(host, mac=mac, memory=self.memory)
-        self.driver = NetDriver(self.device, self.memory, features, polling=True)
-        guest.request_offloads(host_offloads(self.driver.features))
-        super().__init__(guest, host, ALL, b"")
-
-    def carry_all(self) -> None:
-        room = Collected()
-        while self.guest.ports[0].read_burst(room, 64):
-            self.driver.send_burst([(bytes(header), data) for header, data in room.frames])
-            room = Collected()
-        self.device.watches[0].readable()
-        while received := self.driver.receive():
-            frames: list[Frame] = [[frame.header.pack(), frame.data] for frame in received]
-            self.guest.ports[0].write_burst(frames)
-
-    def stop(self) -> None:
-        super().stop()
-        self.driver.close()
-        self.device.close()
-        self.memory.close()
-
-
-@contextlib.contextmanager
-def two_namespaces(host: Link, make_pump: Callable[[Link], Pump]) -> Iterator[Pump]:
-    """The guest's tap and the host's, each in its namespace, with a pump between them."""
-    guest = LinuxTap(GUEST)
-    try:
-        with namespace(GUEST, GUEST, 1), namespace(HOST, HOST, 2):
-            pump = make_pump(guest)
-            try:
-                yield pump
-            finally:
-                pump.stop()
-    finally:
-        guest.close()
-        host.close()
-
-
 @contextlib.contextmanager
 def pumped(
     host: Link, guest_takes: Offload, guest_leaves: Offload, tags: bytes = b""
@@ -322,28 +106,6 @@ def pumped(
 
     with two_namespaces(host, make_pump):
         yield
-
-
-def exchange() -> None:
-    """TCP and UDP both ways, over everything; the kernels judge the checksums."""
-    enter = ["ip", "netns", "exec"]
-    server = subprocess.Popen(
-        [*enter, HOST, sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        assert select.select([server.stdout], [], [], 20)[0]
-        assert server.stdout.readline() == "ready\n"
-        assert run(*enter, GUEST, sys.executable, "-c", CLIENT, *ADDRESSES) == "done\n"
-        for address in ADDRESSES:
-            run(*enter, GUEST, "ping", "-c", "2", "-i", "0.2", "-W", "5", "-s", "2000", address)
-    finally:
-        server.kill()
-        server.wait(20)
-        if server.stdout is not None:
-            server.stdout.close()
-    assert csum_errors(HOST) == {}
-    assert csum_errors(GUEST) == {}
 
 
 @pytest.mark.parametrize(
@@ -444,10 +206,6 @@ def test_freebsd_tcp_and_udp_with_offloads(guest_takes: Offload, tags: bytes) ->
 # --- with the net device in between --------------------------------------------------------------
 
 
-def without(*features: int) -> int:
-    return NET_DRIVER_FEATURES & ~feature_mask(features)
-
-
 @pytest.mark.parametrize(
     "features",
     [
@@ -469,9 +227,8 @@ def test_a_scripted_guest_talks_to_the_host(kind: str, features: int) -> None:
         kernel = CountingFreeBsd({"tap0": HOST})
         link = FreeBsdTap("tap0", calls=kernel)
     with two_namespaces(link, lambda guest: ScriptedGuest(guest, link, features)) as pump:
-        assert isinstance(pump, ScriptedGuest)
         exchange()
-        assert not {key: n for key, n in pump.device.stats.items() if "dropped" in key and n}
+        assert not pump.dropped()
     assert kernel.complaints == []
     assert not link.ports[0].dropped
     assert (len(kernel.read) > 1) == bool(features >> NetFeature.GUEST_CSUM & 1)
