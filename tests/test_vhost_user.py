@@ -8,6 +8,9 @@ import logging
 import os
 import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -1066,6 +1069,81 @@ def test_inflight_notes_that_cannot_be_end_the_connection(
         frontend.start_ring(0, talk.ring)
     assert frontend.is_dropped
     os.close(fd)
+
+
+BACKEND_PROCESS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from vhost_frontend import Shouter
+from vq.loop import Loop
+from vq.vhost_user import Server
+
+class Slow(Shouter):
+    def process(self, queue, ring):
+        for chain in reversed(ring.pop_burst(16)):
+            time.sleep(0.001)
+            text = bytes(chain.readable[0]).upper()
+            chain.writable[0][: len(text)] = text
+            chain.written = len(text)
+            ring.write_used(chain)
+            self.publish(queue)
+        return ring.enable_kicks()
+
+loop = Loop()
+server = Server(Slow(), loop, sys.argv[2])
+print("ready", flush=True)
+loop.run()
+"""
+
+
+def test_a_backend_killed_at_any_moment_loses_nothing_and_does_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    ram, idle, path = Ram(), Loop(), tmp_path / "s"
+    ring = GuestRing(ram)
+    inflight: tuple[bytes, int] | None = None
+    offered, answers, in_the_middle = 0, list[bytes](), 0
+    for life in range(6):
+        with subprocess.Popen(
+            [sys.executable, "-c", BACKEND_PROCESS, str(Path(__file__).parent), str(path)],
+            stdout=subprocess.PIPE,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"ready\n"
+                frontend = connected(idle, path)
+                frontend.negotiate(protocol=REPLY_ACK | INFLIGHT)
+                if inflight is None:
+                    frontend.send(31, struct.pack("=2Q2H4x", 0, 0, 2, 16))
+                    _, _, described, (fd,) = frontend.receive()
+                    inflight = described, fd
+                frontend.tell(32, inflight[0], [inflight[1]])
+                frontend.set_memory(ram)
+                frontend.start_ring(0, ring, base=ring.used_idx)
+                until = time.monotonic() + 0.1 + 0.0113 * life
+                while time.monotonic() < until:
+                    answers += ring.take()
+                    if ring.seen == ring.avail_idx:
+                        for _ in range(8):
+                            ring.offer(b"n%d" % offered)
+                            offered += 1
+                        os.eventfd_write(frontend.eventfds["kick", 0], 1)
+                    time.sleep(0.0005)
+            finally:
+                process.kill()
+        in_the_middle += ring.used_idx != ring.avail_idx
+        frontend.close()
+    answers += ring.take()
+    assert len(answers) > 50
+    assert in_the_middle
+    assert len(set(answers)) == len(answers)
+    # Only what the last one was killed over has no answer.
+    whole = len(answers) // 8 * 8
+    assert set(answers) >= {b"N%d" % number for number in range(whole)}
+    assert inflight is not None
+    os.close(inflight[1])
+    ram.close()
+    idle.close()
 
 
 # --- state ---------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """The command line: `vq loopback`, `vq check`, `vq serve`, `vq bench`. Wiring, nothing else.
 
-Exit status: 0 all is well, 1 a fault was found, 2 wrong use.
+Exit status: 0 all is well, 1 a fault was found, 2 wrong use, or a file that cannot be used. When it
+is interrupted or nobody reads its output any more, as for a program that a signal ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 from vq.errors import UsageError, VqError
 
@@ -26,33 +31,51 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     words = _join_option_values(sys.argv[1:] if argv is None else list(argv))
-    parser = argparse.ArgumentParser(
-        prog="vq", description="Write virtio device models in Python and run them."
-    )
+    named = words[0] if words and words[0] in COMMANDS else None
+    try:
+        arguments = _parser(named).parse_args(words)
+        status: int = importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
+        _flush_output()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (VqError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            _give_up_output()
+            return 128 + signal.SIGPIPE
+        print(f"vq {named}: {_describe(error)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _give_up_output()
+        return 2 if isinstance(error, UsageError | OSError) else 1
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser(named: str | None) -> argparse.ArgumentParser:
+    """The parser of the command line; of the commands only one that is named gets its options."""
+    parser = _Parser(prog="vq", description="Write virtio device models in Python and run them.")
     parser.add_argument("--version", action="version", version=f"vq {metadata.version('vq')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = words[0] if words and words[0] in COMMANDS else None
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=_sentence(summary))
         if name == named:  # the others' modules need not be imported
             importlib.import_module(module).add_arguments(command)
-    arguments = parser.parse_args(words)
-    try:
-        status: int = importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
-    except (VqError, OSError) as error:
-        print(f"vq {arguments.command}: {_describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError | FileNotFoundError | IsADirectoryError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return status
+    return parser
 
 
 def _join_option_values(words: list[str]) -> list[str]:
     """`--features -CSUM` means `--features=-CSUM`: its value may start with a minus."""
     joined: list[str] = []
     for word in words:
-        if joined and joined[-1] == "--features":
+        if joined and joined[-1] == "--features" and not word.startswith("--"):
             joined[-1] += "=" + word
         else:
             joined.append(word)
@@ -67,3 +90,16 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it may have been closed before the start
+        sys.stdout.flush()
+
+
+def _give_up_output() -> None:
+    """Keeps the interpreter from writing, at its end, what standard output did not take."""
+    try:
+        _flush_output()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -103,9 +103,10 @@ class CaptureWriter(ABC):
     """
 
     def __init__(self, target: str | os.PathLike[str] | BinaryIO, buffer_size: int) -> None:
-        self._owned = isinstance(target, (str, os.PathLike))
+        self._path: str | None = None
         self._file: BinaryIO
         if isinstance(target, (str, os.PathLike)):
+            self._path = os.fspath(target)
             self._file = open(target, "wb", buffering=0)  # noqa: SIM115
         else:
             self._file = target
@@ -145,7 +146,9 @@ class CaptureWriter(ABC):
                 if count is None:  # io.RawIOBase: a descriptor that does not block is full
                     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
                 written += count
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = self._path
             if self._end is not None:
                 with suppress(OSError):
                     self._file.seek(self._end)
@@ -162,7 +165,7 @@ class CaptureWriter(ABC):
         try:
             self.flush()
         finally:
-            if self._owned:
+            if self._path is not None:
                 self._file.close()
 
     def __enter__(self) -> Self:
