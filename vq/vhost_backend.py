@@ -14,29 +14,26 @@ Section names cited below are those of QEMU's docs/interop/vhost-user.rst.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import enum
 import logging
 import os
-import socket
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from vq.abi import MAX_QUEUE_SIZE, Status, bits, feature_mask, ring_layout
 from vq.device import Device, with_needs_met
-from vq.errors import FrontendError, UsageError, VqError
+from vq.errors import FrontendError, UsageError
 from vq.inflight import InflightRegion
 from vq.loop import Loop, Timer
 from vq.memory import DirtyLog, GuestMemory, Region
+from vq.vhost_channel import Channel, Transfer, close_fd
 from vq.vhost_message import (
     BackendRequest,
     Config,
     ConfigFlag,
-    Decoder,
     DeviceStateTransfer,
     Inflight,
     LogArea,
@@ -51,7 +48,6 @@ from vq.vhost_message import (
     VringFd,
     VringFlag,
     VringState,
-    encode,
 )
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
@@ -60,12 +56,8 @@ log = logging.getLogger(__name__)
 
 MAX_MEM_SLOTS = 256
 """Regions at most; each takes a descriptor of this process."""
-MAX_STATE = 1 << 24
-"""Bytes of a device's saved state that are taken at most."""
 POLL_SECONDS = 0.001
 """How often a ring is looked at that has no kick descriptor."""
-MAX_CHANNEL_BACKLOG = 256
-"""Requests waiting for room in the backend's channel; more are dropped."""
 
 _ANY_DEVICE = (
     ProtocolFeature.MQ,
@@ -221,8 +213,8 @@ class Backend:
         self._log_region: Region | None = None
         self._dirty_log: DirtyLog | None = None
         self._inflight: InflightRegion | None = None
-        self._channel: _Channel | None = None
-        self._transfer: _Transfer | None = None
+        self._channel: Channel | None = None
+        self._transfer: Transfer | None = None
         self._work: set[int] = set()  # queues to be notified in the next turn
         self._poll_timer: Timer | None = None
         self._fault_told = False
@@ -601,7 +593,7 @@ class Backend:
         vring = self._vring(which.ring)
         if which.has_fd:
             os.set_blocking(message.fds[0], False)
-        vring.call_fd = _close_fd(vring.call_fd)
+        vring.call_fd = close_fd(vring.call_fd)
         vring.call_was_set = True
         if which.has_fd:
             vring.call_fd = message.take_fd()
@@ -613,7 +605,7 @@ class Backend:
         vring = self._vring(which.ring)
         if which.has_fd:
             os.set_blocking(message.fds[0], False)
-        vring.err_fd = _close_fd(vring.err_fd)
+        vring.err_fd = close_fd(vring.err_fd)
         vring.err_was_set = True
         if which.has_fd:
             vring.err_fd = message.take_fd()
@@ -723,7 +715,7 @@ class Backend:
     def _unwatch_kick(self, vring: Vring) -> None:
         if vring.kick_fd >= 0:
             self._loop.watch(vring.kick_fd)
-            vring.kick_fd = _close_fd(vring.kick_fd)
+            vring.kick_fd = close_fd(vring.kick_fd)
         vring.kick = Kick.NONE
 
     def _kicked(self, vring: Vring) -> None:
@@ -761,8 +753,8 @@ class Backend:
 
     def _forget_fds(self, vring: Vring) -> None:
         self._unwatch_kick(vring)
-        vring.call_fd = _close_fd(vring.call_fd)
-        vring.err_fd = _close_fd(vring.err_fd)
+        vring.call_fd = close_fd(vring.call_fd)
+        vring.err_fd = close_fd(vring.err_fd)
         vring.call_was_set = vring.err_was_set = vring.call_missed = False
 
     # --- towards the frontend ---------------------------------------------------------------------
@@ -815,7 +807,7 @@ class Backend:
                 self._channel.send(Message(BackendRequest.VRING_ERR, state, need_reply=True))
 
     def _set_backend_req_fd(self, _: None, message: Message) -> bool:
-        channel = _Channel(message.take_fd(), self._loop)
+        channel = Channel(message.take_fd(), self._loop)
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
@@ -896,7 +888,7 @@ class Backend:
             self._transfer.close()
         load = self.device.load_state if transfer.direction else None
         state = b"" if transfer.direction else self.device.save_state()
-        self._transfer = _Transfer(message.take_fd(), self._loop, state, load)
+        self._transfer = Transfer(message.take_fd(), self._loop, state, load)
         return _Reply(_STATE_OVER_YOUR_FD)
 
     def _check_device_state(self, _: None, __: Message) -> _Reply:
@@ -979,150 +971,6 @@ _NEEDED: dict[Request | BackendRequest, ProtocolFeature] = {
 }
 
 
-class _Channel:
-    """The channel on which the backend makes requests. Never waits; replies are read and dropped.
-
-    Takes the descriptor over. Raises `FrontendError` when it is not a connected stream socket.
-    """
-
-    def __init__(self, fd: int, loop: Loop) -> None:
-        self._loop = loop
-        self._backlog: deque[bytes] = deque()
-        self._decoder = Decoder(BackendRequest, replies=True)
-        try:
-            self._socket = socket.socket(fileno=fd)
-        except OSError as error:
-            os.close(fd)
-            raise FrontendError(f"the descriptor is no socket: {error}") from None
-        self._closed = False
-        try:
-            if self._socket.type != socket.SOCK_STREAM:
-                raise FrontendError("the descriptor is no stream socket")
-            self._socket.setblocking(False)
-            self._watch()
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def send(self, message: Message) -> None:
-        """Sends a request, later when there is no room now; drops it when too many wait."""
-        if self._closed:
-            return
-        data = encode(message)
-        if len(self._backlog) >= MAX_CHANNEL_BACKLOG:
-            return
-        # A waiting request of the same kind says the same once more.
-        if data not in self._backlog:
-            self._backlog.append(data)
-        self._flush()
-
-    def close(self) -> None:
-        """Closes the channel; closing twice is allowed."""
-        if not self._closed:
-            self._closed = True
-            self._loop.watch(self._socket.fileno())
-            self._socket.close()
-
-    def _flush(self) -> None:
-        try:
-            while self._backlog:
-                sent = self._socket.send(self._backlog[0])
-                rest = self._backlog.popleft()[sent:]
-                if rest:
-                    self._backlog.appendleft(rest)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self._lost(str(error))
-            return
-        self._watch()
-
-    def _watch(self) -> None:
-        writable = self._flush if self._backlog else None
-        self._loop.watch(self._socket.fileno(), readable=self._read, writable=writable)
-
-    def _read(self) -> None:
-        try:
-            data = self._socket.recv(max(1, self._decoder.wanted))
-            self._decoder.feed(data)
-            for reply in self._decoder:
-                if reply.payload:
-                    log.info("the frontend refused %s: %s", reply.request.name, reply.payload)
-            if not data:
-                self._lost("closed")
-        except BlockingIOError:
-            pass
-        except (OSError, FrontendError) as error:
-            self._lost(str(error))
-
-    def _lost(self, reason: str) -> None:
-        log.warning("the backend's channel is gone: %s", reason)
-        self.close()
-
-
-class _Transfer:
-    """A device's state on its way through a descriptor, which it takes over.
-
-    Without `load` the bytes in `state` are written; with it all is read up to the end and handed
-    over.
-    """
-
-    def __init__(
-        self, fd: int, loop: Loop, state: bytes, load: Callable[[bytes], None] | None
-    ) -> None:
-        self._fd = fd
-        self._loop = loop
-        self._data = bytearray(state)
-        self._load = load
-        self._failed: bool | None = None
-        self._waiting: Callable[[bool], None] | None = None
-        os.set_blocking(fd, False)
-        self._step()
-
-    def when_done(self, tell: Callable[[bool], None]) -> None:
-        """Calls back with whether the transfer failed, once that is known."""
-        if self._failed is None:
-            self._waiting = tell
-        else:
-            tell(self._failed)
-
-    def close(self) -> None:
-        """Gives up; closing twice is allowed."""
-        self._waiting = None
-        self._finish(failed=True)
-
-    def _step(self) -> None:
-        try:
-            while self._load is None and self._data:
-                del self._data[: os.write(self._fd, self._data)]
-            while self._load is not None:
-                piece = os.read(self._fd, 65536)
-                if not piece:
-                    break
-                self._data += piece
-                if len(self._data) > MAX_STATE:
-                    raise FrontendError(f"a device state of more than {MAX_STATE} bytes")
-            if self._load is not None:
-                self._load(bytes(self._data))
-        except BlockingIOError:
-            watch = {"writable" if self._load is None else "readable": self._step}
-            self._loop.watch(self._fd, **watch)
-        except (OSError, VqError) as error:
-            log.warning("the device's state did not get across: %s", error)
-            self._finish(failed=True)
-        else:
-            self._finish(failed=False)
-
-    def _finish(self, *, failed: bool) -> None:
-        if self._failed is not None:
-            return
-        self._failed = failed
-        self._loop.watch(self._fd)
-        self._fd = _close_fd(self._fd)
-        if self._waiting is not None:
-            self._waiting(failed)
-
-
 def _parts(address: VringAddr, size: int) -> tuple[tuple[int, int], ...]:
     """Start and length in bytes of a ring's descriptor table, available ring and used ring."""
     layout = ring_layout(size)
@@ -1163,11 +1011,3 @@ def _signal(fd: int) -> None:
         pass
     except OSError as error:
         log.debug("an event descriptor cannot be written: %s", error)
-
-
-def _close_fd(fd: int) -> int:
-    """Closes a descriptor if it is one; gives what to put in its place."""
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-    return -1
