@@ -18,7 +18,7 @@ LAYERS = (
     ("split_ring", "driver", "offload", "platforms"),
     ("software", "inflight", "abi_probe"),
     ("device", "link", "tun_hdr", "net_driver", "net_filter", "dhcp"),
-    ("net_receive", "net_transmit", "net_control", "loop", "vhost_message"),
+    ("net_receive", "net_transmit", "net_control", "guest_stack", "loop", "vhost_message"),
     ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel"),
     ("net", "tap", "vhost_backend"),
     ("vhost_user",),

@@ -26,8 +26,9 @@ from net_frames import (
 
 from vq import loopback, options
 from vq.abi import Feature, HdrFlag, NetFeature
+from vq.guest_stack import MTU, GuestStack, finish_checksum, rejoin
 from vq.link import Frame, LoopbackLink, QueuePort
-from vq.loopback import MTU, Report, exchange, finish_checksum, rejoin
+from vq.loopback import Report, exchange
 from vq.net_driver import NetHeader
 from vq.offload import Offload
 from vq.packet import parse, segment
@@ -228,7 +229,7 @@ def test_the_ecn_bit_goes_with_congestion_window_reduced() -> None:
 
 
 def test_the_header_says_when_congestion_window_reduced_is_set() -> None:
-    stack = loopback._Stack(EVERYTHING)
+    stack = GuestStack(EVERYTHING)
     for flags, gso_type in ((0x98, 0x81), (0x18, 0x01)):
         header, _, segments = stack.leave_undone(whole(make_payload(4000), tcp_flags=flags))
         assert (header.gso_type, segments) == (gso_type, 3)
