@@ -110,6 +110,15 @@ def test_a_cancelled_timer_does_not_wake_the_loop(loop: Loop) -> None:
     assert time.monotonic() - started >= 0.04
 
 
+def test_stop_before_run_is_not_forgotten(loop: Loop) -> None:
+    """A signal may come before the loop begins to serve."""
+    loop.call_later(5, lambda: pytest.fail("it ran on"))
+    loop.stop()
+    loop.run()
+    loop.call_soon(loop.stop)
+    loop.run()  # and it counts once
+
+
 def test_stop_ends_run_from_another_thread(loop: Loop) -> None:
     timer = threading.Timer(0.02, loop.stop)
     timer.start()

@@ -312,7 +312,7 @@ def test_the_vocabularies_are_the_systems_own(kind, prefix, names):
 def test_vhost_users_numbers_are_the_kernels_vhost():
     for name in LINUX:
         assert TABLES[name]["VHOST_F_LOG_ALL"] == vhost_message.VhostFeature.LOG_ALL
-        assert 1 << TABLES[name]["VHOST_VRING_F_LOG"] == vhost_message.VRING_LOG
+        assert 1 << TABLES[name]["VHOST_VRING_F_LOG"] == vhost_message.VringFlag.LOG
 
 
 def test_the_taps_structures_are_as_long_as_the_headers():

@@ -826,8 +826,8 @@ def walk(
             if following != right:
                 return None
         index = following
+    kinds = [writable for _, _, writable in found]  # 2.7.4.2 speaks of elements, empty ones too
     kept = [buffer for buffer in found if buffer[1]]
-    kinds = [writable for _, _, writable in kept]
     if kinds != sorted(kinds) or sum(length for _, length, _ in kept) > 1 << 32:
         return None
     return kept if all(in_ram(gpa, length) for gpa, length, _ in kept) else None

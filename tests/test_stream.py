@@ -412,7 +412,7 @@ def test_a_client_does_not_try_again_more_than_once_a_second(
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
     with closing(client):
-        monkeypatch.setattr(stream, "_connect", refuse)
+        monkeypatch.setattr(stream, "connect", refuse)
         until(lambda: not client.is_up, lambda: client.ports[0].read_burst(PieceRoom(), 1))
         clock = [time.monotonic() + 1]
         monkeypatch.setattr(time, "monotonic", lambda: clock[0])

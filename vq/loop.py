@@ -96,10 +96,10 @@ class Loop:
         return timer
 
     def run(self) -> None:
-        """Serves until `stop`."""
-        self._stopping = False
+        """Serves until `stop`; returns at once when that was called before."""
         while not self._stopping:
             self.run_once()
+        self._stopping = False
 
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: waits up to `timeout` seconds (None: for ever) and runs what is due."""

@@ -18,18 +18,18 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
 from types import TracebackType
-from typing import Self, TypeVar
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from vq.errors import AddressError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["DirtyLog", "GuestMemory", "Region", "fence", "order_loads", "order_stores"]
 
@@ -667,6 +667,8 @@ def _open_nameless(name: str) -> int:
     if memfd_create is not None:
         fd: int = memfd_create(name)
         return fd
+    import tempfile  # here only: half of all that this module would import is behind it
+
     fd, path = tempfile.mkstemp(prefix=f"{name}-")
     try:
         os.unlink(path)

@@ -14,19 +14,18 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from vq import options
-from vq.dhcp import LocalDhcp
 from vq.errors import UsageError
 from vq.link import Link, LoopbackLink, NullLink, link_pair
 from vq.loop import Loop
 from vq.net import DEFAULT_MAC, NetDevice
-from vq.pcap_link import CaptureLink, PcapLink
-from vq.stream import StreamLink
-from vq.tap import open_tap
-from vq.vhost_user import Client, Connection, Server
+from vq.net_transmit import Responder
+from vq.vhost_user import Client, Connection, Server, unwatch_device, watch_device
+
+# Modules that only some links need are imported where they are: what is idle stays small.
 
 __all__ = ["LINKS", "add_arguments", "open_link", "run"]
 
@@ -55,7 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     net.add_argument(
         "--queue-size", type=options.queue_size, default=256, metavar="N", help="at most, per queue"
     )
-    net.add_argument("--mac", type=options.mac_address, default=DEFAULT_MAC, metavar="ADDRESS")
+    net.add_argument(
+        "--mac",
+        type=options.mac_address,
+        default=DEFAULT_MAC,
+        metavar="ADDRESS",
+        help="the guest's address; with --link pair the second guest has the next one"
+        f" (default: {DEFAULT_MAC.hex(':')})",
+    )
     net.add_argument("--mtu", type=options.positive, metavar="BYTES", help="told to the guest")
     net.add_argument(
         "--lock-mac",
@@ -79,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a comma list of +NAME and -NAME against the default of everything",
     )
     net.add_argument(
-        "--capture", metavar="FILE", help="record both directions (.pcapng keeps which is which)"
+        "--capture",
+        metavar="FILE",
+        help="record the frames of both directions as pcapng; with --link pair as the first guest"
+        " sends and receives them",
     )
 
 
@@ -107,23 +116,26 @@ def _add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--print-capabilities",
-        action="store_true",
+        action=_PrintCapabilities,
+        nargs=0,
         help="print what this program can do, as vhost-user's conventions have it, and end",
     )
     parser.add_argument("--verbose", "-v", action="store_true", help="log more")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until told to stop; returns the exit status."""
-    if args.print_capabilities:
-        print(json.dumps({"type": args.device}))
-        return 0
+    """Serves until told to stop; returns the exit status.
+
+    Raises `UsageError` and `OSError` for what keeps it from beginning to serve.
+    """
     sockets: list[str] = args.socket or []
     paired = args.link == "pair"
     if args.fd is None and len(sockets) != (2 if paired else 1):
         raise UsageError("--link pair takes two --socket" if paired else "give one --socket")
     if args.fd is not None and (sockets or paired or args.client):
         raise UsageError("--fd goes without --socket, --client and --link pair")
+    if args.local_dhcp and paired:
+        raise UsageError("--local-dhcp is for one guest, --link pair joins two")
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -132,20 +144,28 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         loop = Loop()
         stack.callback(loop.close)
-        devices = [_net_device(args, link, stack) for link in _links(args)]
-        gone = loop.stop if args.once else None
-        for index, device in enumerate(devices):
-            _offer(args, sockets[index : index + 1], device, loop, gone, stack)
+        # Before there is anything to leave behind, and until nothing of it is left.
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.getsignal(number))
             signal.signal(number, lambda *_: loop.stop())
+        devices = _net_devices(args, stack)
+        gone = loop.stop if args.once else None
+        for index, device in enumerate(devices):
+            _offer(args, sockets[index : index + 1], device, loop, gone, stack)
         for device in devices:
             _follow_link(device, loop)
         if args.stats:
             _Statistics(devices, loop, as_json=args.stats == "json").start()
         _tell_supervisor("READY=1")
-        loop.run()
-        _tell_supervisor("STOPPING=1")
+        try:
+            loop.run()
+        except BrokenPipeError:  # nobody reads the statistics any more
+            raise
+        except OSError as error:
+            log.error("the system refused: %s", error)
+            return 1
+        finally:
+            _tell_supervisor("STOPPING=1")
     return 0
 
 
@@ -161,10 +181,16 @@ def open_link(text: str, *, ports: int = 1) -> Link:
         raise UsageError(f"{text!r} is not a link; the links are {LINKS}")
     first, comma, second = rest.partition(",")
     if kind == "tap":
+        from vq.tap import open_tap
+
         return open_tap(rest, queues=ports)
     if kind == "stream" and second in ("", "listen"):
+        from vq.stream import StreamLink
+
         return StreamLink.listen(first) if second else StreamLink.connect(first, reconnect=True)
     if kind == "pcap":
+        from vq.pcap_link import PcapLink
+
         return PcapLink(first, second if comma else None)
     raise UsageError(f"{text!r} is not a link; the links are {LINKS}")
 
@@ -172,38 +198,71 @@ def open_link(text: str, *, ports: int = 1) -> Link:
 # --- its parts -----------------------------------------------------------------------------------
 
 
-def _links(args: argparse.Namespace) -> list[Link]:
-    if args.link == "pair":
-        return list(link_pair(ports=args.queue_pairs))
-    return [open_link(args.link, ports=args.queue_pairs)]
+class _PrintCapabilities(argparse.Action):
+    """Answers at once: a manager may ask without any other option, or with some of no meaning."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object
+    ) -> None:
+        # QEMU's docs/interop/vhost-user.json: the type alone, a network device has no "features".
+        print(json.dumps({"type": parser.prog.rpartition(" ")[2]}))
+        parser.exit()
 
 
-def _net_device(args: argparse.Namespace, link: Link, stack: ExitStack) -> NetDevice:
+def _net_devices(args: argparse.Namespace, stack: ExitStack) -> list[NetDevice]:
+    """The device, or the two devices of a pair."""
+    if args.link != "pair":
+        link = open_link(args.link, ports=args.queue_pairs)
+        return [_net_device(args, link, args.mac, stack, capture=args.capture)]
+    left, right = link_pair(ports=args.queue_pairs)
+    return [
+        _net_device(args, left, args.mac, stack, capture=args.capture),
+        _net_device(args, right, _next_mac(args.mac), stack),
+    ]
+
+
+def _net_device(
+    args: argparse.Namespace, link: Link, mac: bytes, stack: ExitStack, capture: str | None = None
+) -> NetDevice:
     stack.callback(link.close)
-    if args.capture:
-        link = CaptureLink(link, args.capture)
+    if capture is not None:
+        link = _recorded(link, capture)
         stack.callback(link.close)
-    responders = [_local_dhcp(args).answer] if args.local_dhcp else []
     device = NetDevice(
         link,
-        mac=args.mac,
+        mac=mac,
         mtu=args.mtu,
         queue_pairs=args.queue_pairs,
         queue_size=args.queue_size,
         features=options.net_features(args.features, mtu=args.mtu, queue_pairs=args.queue_pairs),
         lock_mac=args.lock_mac,
         complete_checksums=args.complete_checksums,
-        responders=responders,
+        responders=_responders(args),
     )
     stack.callback(device.close)
     return device
 
 
-def _local_dhcp(args: argparse.Namespace) -> LocalDhcp:
+def _recorded(link: Link, capture: str) -> Link:
+    from vq.pcap_link import CaptureLink
+
+    return CaptureLink(link, capture)
+
+
+def _responders(args: argparse.Namespace) -> Sequence[Responder]:
+    if not args.local_dhcp:
+        return []
+    from vq.dhcp import LocalDhcp
+
     guest, slash, host = args.local_dhcp.partition("/")
     if not slash:
         raise UsageError("--local-dhcp takes GUEST/HOST, two IPv4 addresses")
-    return LocalDhcp(args.mac, guest, host)
+    return [LocalDhcp(args.mac, guest, host).answer]
+
+
+def _next_mac(mac: bytes) -> bytes:
+    """The address after `mac`, of the same maker."""
+    return mac[:3] + ((int.from_bytes(mac[3:], "big") + 1) % (1 << 24)).to_bytes(3, "big")
 
 
 def _offer(
@@ -220,19 +279,41 @@ def _offer(
         client = Client(device, loop, path[0], queue_num=pairs, on_disconnect=gone)
         stack.callback(client.close)
         return
-    if args.fd is not None:
-        sock = socket.socket(fileno=args.fd)
+    if args.fd is None:
+        server = Server(device, loop, path[0], queue_num=pairs, on_disconnect=gone)
+    else:
+        sock = _handed_over(args.fd)
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            watch_device(device, loop)
+            stack.callback(unwatch_device, device, loop)
             connection = Connection(
                 sock, device, loop, name=f"fd {args.fd}", queue_num=pairs, on_closed=loop.stop
             )
             stack.callback(connection.close)
             return
         server = Server(device, loop, sock, queue_num=pairs, on_disconnect=gone)
-    else:
-        server = Server(device, loop, path[0], queue_num=pairs, on_disconnect=gone)
     stack.callback(server.close)
     log.info("%s: waiting for a frontend", server.name)
+
+
+def _handed_over(fd: int) -> socket.socket:
+    """The socket that whoever started us left open; raises `UsageError` when it is of no use."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except (OSError, ValueError, OverflowError):
+        raise UsageError(f"--fd {fd}: no socket is open under this number") from None
+    try:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise UsageError(f"--fd {fd}: not a Unix stream socket")
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.getpeername()
+    except OSError:
+        sock.detach()
+        raise UsageError(f"--fd {fd}: the socket neither listens nor is connected") from None
+    except UsageError:
+        sock.detach()
+        raise
+    return sock
 
 
 def _follow_link(device: NetDevice, loop: Loop) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
 from vq.link import Frame, FrameBuffer, Link, Port, Room, scatter
 from vq.offload import Offload
+from vq.unix_socket import Listener, connect
 
 __all__ = ["StreamLink"]
 
@@ -60,8 +60,7 @@ class StreamLink(Link):
         self._port = StreamPort(self)
         self.ports = (self._port,)
         self._connection: socket.socket | None = None
-        self._listener: socket.socket | None = None
-        self._listener_file: tuple[str, int, int] | None = None
+        self._listener: Listener | None = None
         self._reconnect_path: str | None = None
         self._last_try = 0.0
         if connection is not None:
@@ -73,7 +72,7 @@ class StreamLink(Link):
 
         Raises `UsageError` for a path that no socket can have, `OSError` when nobody listens.
         """
-        link = cls(_connect(path), name=f"stream:{path}")
+        link = cls(connect(path), name=f"stream:{path}")
         if reconnect:
             link._reconnect_path = path
         return link
@@ -86,9 +85,7 @@ class StreamLink(Link):
         is at `path` or somebody serves it.
         """
         link = cls(None, name=f"stream:{path}")
-        link._listener = _listen(path)
-        status = os.stat(path)
-        link._listener_file = path, status.st_dev, status.st_ino
+        link._listener = Listener(path, backlog=1)
         return link
 
     @property
@@ -105,15 +102,6 @@ class StreamLink(Link):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._listener_file is not None:
-            path, device, inode = self._listener_file
-            self._listener_file = None
-            try:
-                status = os.stat(path)
-            except FileNotFoundError:
-                return
-            if (status.st_dev, status.st_ino) == (device, inode):
-                os.unlink(path)
 
     # --- the life of a connection ---
 
@@ -137,10 +125,9 @@ class StreamLink(Link):
         return self._listener is not None or self._reconnect_path is not None
 
     def _poll_fd(self) -> int | None:
-        for endpoint in (self._connection, self._listener):
-            if endpoint is not None:
-                return endpoint.fileno()
-        return None
+        if self._connection is not None:
+            return self._connection.fileno()
+        return None if self._listener is None else self._listener.socket.fileno()
 
     def _connection_now(self) -> socket.socket | None:
         """The connection; without one, that of the next peer if it is there."""
@@ -148,15 +135,15 @@ class StreamLink(Link):
             return self._connection
         try:
             if self._listener is not None:
-                self._connected(self._listener.accept()[0])
+                self._connected(self._listener.socket.accept()[0])
             elif self._reconnect_path is not None:
                 now = time.monotonic()
                 if now - self._last_try >= RETRY_SECONDS:
                     self._last_try = now
-                    self._connected(_connect(self._reconnect_path))
+                    self._connected(connect(self._reconnect_path))
             else:
                 raise OSError(errno.ENOTCONN, f"{self.name} is closed")
-        except (BlockingIOError, ConnectionError, FileNotFoundError):
+        except (BlockingIOError, ConnectionError, FileNotFoundError, UsageError):
             return None
         return self._connection
 
@@ -377,68 +364,3 @@ def _first_bytes(views: Sequence[memoryview], size: int) -> list[memoryview] | N
         target.append(view)
         size -= len(view)
     return None
-
-
-# --- sockets -------------------------------------------------------------------------------------
-
-
-def _connect(path: str) -> socket.socket:
-    connection = _socket()
-    try:
-        connection.connect(path)
-    except OSError as error:
-        connection.close()
-        raise _explained(error, path) from error
-    return connection
-
-
-def _listen(path: str) -> socket.socket:
-    _remove_dead(path)
-    listener = _socket()
-    try:
-        listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise _explained(error, path) from error
-    return listener
-
-
-def _socket() -> socket.socket:
-    endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    endpoint.setblocking(False)
-    return endpoint
-
-
-def _remove_dead(path: str) -> None:
-    """Makes way for a socket at `path`, if what is there is one that nobody serves any more."""
-    try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if not stat.S_ISSOCK(mode):
-        raise UsageError(f"{path} is there already, and is not a socket")
-    with _socket() as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:  # served by somebody who is busy
-            pass
-    raise UsageError(f"{path} is served already by another program")
-
-
-def _explained(error: OSError, path: str) -> Exception:
-    """The same error with a sentence that says which socket, and what is wrong with it."""
-    if error.errno is None:  # Python's own, before it asked the kernel
-        return UsageError(f"{path!r} is too long for a socket's path")
-    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
-        reason = f"nobody listens at {path}"
-    elif error.errno == errno.EAGAIN:
-        reason = f"who listens at {path} takes no more clients now"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        reason = f"this user may not use the socket {path}"
-    else:
-        reason = f"the socket {path} cannot be used: {error.strerror}"
-    return OSError(error.errno, reason)

@@ -12,19 +12,17 @@ one is waited for. What the messages mean is in `vhost_backend`, what they look 
 from __future__ import annotations
 
 import array
-import contextlib
-import errno
 import functools
 import logging
 import os
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from vq.device import Device, Watch
 from vq.errors import FrontendError, UsageError
 from vq.loop import Loop, Timer
+from vq.unix_socket import Listener, check_path, connect
 from vq.vhost_backend import Backend, choose_offered
 from vq.vhost_message import MAX_FDS, Decoder, Message, encode
 
@@ -201,13 +199,14 @@ class Server:
         self._offered = choose_offered(device, offered)
         self._queue_num = queue_num
         self._on_disconnect = on_disconnect
-        self._own_path: str | None = None
+        self._listener: Listener | None = None
         if isinstance(address, socket.socket):
             self._socket = address
             self.name = str(address.getsockname() or f"fd {address.fileno()}")
         else:
-            self.name = self._own_path = os.fspath(address)
-            self._socket = _listen(self._own_path)
+            self.name = os.fspath(address)
+            self._listener = Listener(self.name)
+            self._socket = self._listener.socket
         self._socket.setblocking(False)
         self._closed = False
         watch_device(device, loop)
@@ -219,10 +218,10 @@ class Server:
             return
         self._closed = True
         self._loop.watch(self._socket.fileno())
-        self._socket.close()
-        if self._own_path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._own_path)
+        if self._listener is None:
+            self._socket.close()
+        else:
+            self._listener.close()
         if self.connection is not None:
             self.connection.close()
         unwatch_device(self._device, self._loop)
@@ -268,7 +267,7 @@ class Client:
     """Serves `device` to a frontend that listens at `path`, and connects again when it is gone.
 
     `retry` is how many seconds to wait before the next attempt. `on_disconnect` is called after
-    each connection.
+    each connection. Raises `UsageError` for a path where no socket can be.
     """
 
     def __init__(
@@ -283,6 +282,7 @@ class Client:
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
         self.name = os.fspath(path)
+        check_path(self.name)
         self.connection: Connection | None = None
         self.connections = 0
         """How often a connection came about so far."""
@@ -311,15 +311,13 @@ class Client:
 
     def _connect(self) -> None:
         self._timer = None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.setblocking(False)
-            sock.connect(self.name)
-        except OSError as error:
-            sock.close()
-            if str(error) != self._refused:  # once, not at every attempt
-                self._refused = str(error)
-                log.info("%s: no frontend yet: %s", self.name, error)
+            sock = connect(self.name)
+        except (OSError, UsageError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            if reason != self._refused:  # once, not at every attempt
+                self._refused = reason
+                log.info("no frontend yet: %s", reason)
             self._timer = self._loop.call_later(self._retry, self._connect)
             return
         self._refused = None
@@ -368,36 +366,6 @@ def unwatch_device(device: Device, loop: Loop) -> None:
     for watch in device.watches:
         watch.on_change = None
         loop.watch(watch.fd)
-
-
-def _listen(path: str) -> socket.socket:
-    """A listening socket at `path`, in place of one that nobody listens on any more."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale(path)
-            sock.bind(path)
-        sock.listen()
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise UsageError(f"{path} exists and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise UsageError(f"{path} is served by another process")
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from vq.bench import ring
+from vq.bench import guest, ring, testpmd
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,7 +21,7 @@ class _Bench(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-_BENCHES: dict[str, _Bench] = {"ring": ring}
+_BENCHES: dict[str, _Bench] = {"ring": ring, "guest": guest, "testpmd": testpmd}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
