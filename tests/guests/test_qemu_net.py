@@ -1,0 +1,179 @@
+"""A net device with Linux's PCI driver in QEMU in front of it and a tap of Linux behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vq.testing.guest import Guest, QemuGuest
+from vq.testing.namespaces import Namespace, iperf_server
+from vq.testing.requirements import or_skip
+
+from .conftest import HOST4, HOST6, Served, address_guest, address_host, assert_well, wait_until
+
+TAP = "vqqemu"
+
+
+@dataclass
+class Setting:
+    """A QEMU guest whose eth0 is on a tap of `host`."""
+
+    host: Namespace
+    served: Served
+    guest: QemuGuest
+
+
+@pytest.fixture
+def start(host: Namespace, tmp_path: Path) -> Iterator[Callable[..., Setting]]:
+    """Starts a setting; the arguments are QEMU's and the device's."""
+    with ExitStack() as stack:
+
+        def begin(*, queue_pairs: int = 1, card: str = "") -> Setting:
+            host.add_tap(TAP, queues=queue_pairs)
+            stack.callback(host.run, f"ip link del {TAP}")
+            address_host(host, TAP)
+            served = Served(tmp_path, f"tap:{TAP}", f"--queue-pairs={queue_pairs}", namespace=host)
+            stack.callback(served.close)
+            with or_skip():
+                guest = QemuGuest(
+                    served.sockets, queue_pairs=queue_pairs, cpus=queue_pairs, card=card
+                )
+            stack.enter_context(guest)
+            address_guest(guest)
+            return Setting(host, served, guest)
+
+        yield begin
+
+
+def transfer(guest: Guest, host: Namespace, *options: str) -> dict[str, Any]:
+    """One iperf3 test between guest and host; iperf3's summary of it."""
+    with iperf_server(host):
+        text = guest.output(f"iperf3 --json --connect-timeout 5000 -t 1 {' '.join(options)}")
+    summary: dict[str, Any] = json.loads(text[text.index("{") :])["end"]
+    return summary
+
+
+def test_the_guest_pings_and_transfers(start: Callable[..., Setting]) -> None:
+    setting = start()
+    for peer in (HOST4, HOST6):
+        assert ", 0% packet loss" in setting.guest.output(f"ping -c 3 -i 0.2 -W 3 -s 3000 {peer}")
+        for direction in ("", "-R"):
+            summary = transfer(setting.guest, setting.host, f"-c {peer}", direction)
+            assert summary["sum_received"]["bits_per_second"] > 10e6
+    assert_well(setting.guest, setting.host, setting.served)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "mrg_rxbuf=off",
+        "mrg_rxbuf=off,guest_tso4=off,guest_tso6=off,guest_ufo=off",
+        "csum=off,guest_csum=off",
+        "indirect_desc=off,event_idx=off",
+        "ctrl_vq=off,ctrl_rx=off,ctrl_vlan=off,ctrl_rx_extra=off,guest_announce=off"
+        ",ctrl_mac_addr=off,ctrl_guest_offloads=off",
+    ],
+)
+def test_a_card_without_some_features(start: Callable[..., Setting], card: str) -> None:
+    setting = start(card=card)
+    assert ", 0% packet loss" in setting.guest.output(f"ping -c 3 -i 0.2 -W 3 {HOST4}")
+    for direction in ("", "-R"):
+        summary = transfer(setting.guest, setting.host, f"-c {HOST4}", direction)
+        assert summary["sum_received"]["bits_per_second"] > 10e6
+    assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_multiple_queues(start: Callable[..., Setting]) -> None:
+    setting = start(queue_pairs=2)
+    setting.guest.output("ethtool -L eth0 combined 2")
+    for direction in ("", "-R"):
+        summary = transfer(setting.guest, setting.host, f"-c {HOST4} -P 8", direction)
+        assert summary["sum_received"]["bits_per_second"] > 10e6
+    counters = dict(re.findall(r"(\w+): (\d+)", setting.guest.output("ethtool -S eth0")))
+    for name in ("rx_queue_0", "rx_queue_1", "tx_queue_0", "tx_queue_1"):
+        assert int(counters[f"{name}_packets"]) > 0, counters
+    setting.guest.output("ethtool -L eth0 combined 1")
+    summary = transfer(setting.guest, setting.host, f"-c {HOST4} -P 4 --bidir")
+    assert summary["sum_received"]["bytes"] > 1e6
+    assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_traffic_goes_on_when_the_backend_is_killed_and_started_again(
+    start: Callable[..., Setting],
+) -> None:
+    setting = start()
+    with iperf_server(setting.host):
+        setting.guest.output(f"iperf3 -c {HOST4} -t 8 --bidir --json >/tmp/iperf 2>&1 &")
+        for _ in range(2):
+            wait_until(lambda: setting.served.count("tx_frames") > 200, "traffic")
+            setting.served.kill()
+            setting.served.start()
+        # QEMU tries again once a second, and the guest has no carrier until then.
+        wait_until(
+            lambda: setting.guest.run(f"ping -c 1 -W 1 {HOST4}").status == 0, "a ping comes back"
+        )
+        assert ", 0% packet loss" in setting.guest.output(f"ping -c 5 -i 0.2 -W 5 {HOST4}")
+        setting.guest.output("for i in $(seq 150); do pidof iperf3 || break; sleep 0.1; done")
+        report = json.loads(setting.guest.output("cat /tmp/iperf"))
+    assert report["end"]["sum_received"]["bytes"] > 1e6, report
+    assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_the_driver_is_unloaded_and_loaded_again(start: Callable[..., Setting]) -> None:
+    setting = start()
+    for _ in range(3):
+        setting.guest.output("rmmod virtio_net && modprobe virtio_net")
+        address_guest(setting.guest)
+        assert ", 0% packet loss" in setting.guest.output(f"ping -c 3 -i 0.2 -W 3 {HOST4}")
+    setting.guest.output("rmmod virtio_net virtio_pci && modprobe -a virtio_pci virtio_net")
+    address_guest(setting.guest)
+    assert ", 0% packet loss" in setting.guest.output(f"ping -c 3 -i 0.2 -W 3 {HOST6}")
+    assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_the_guest_reboots(start: Callable[..., Setting]) -> None:
+    setting = start()
+    assert ", 0% packet loss" in setting.guest.output(f"ping -c 3 -i 0.2 -W 3 {HOST4}")
+    setting.guest.close()
+    with QemuGuest(setting.served.sockets) as guest:
+        address_guest(guest)
+        assert ", 0% packet loss" in guest.output(f"ping -c 3 -i 0.2 -W 3 {HOST4}")
+        assert_well(guest, setting.host)
+
+
+def test_a_guest_moves_to_another_qemu_and_backend_with_its_connections(
+    host: Namespace, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        host.run("ip link add vqbridge type bridge")
+        stack.callback(host.run, "ip link del vqbridge")
+        address_host(host, "vqbridge")
+        served = []
+        for name in ("before", "after"):
+            host.add_tap(f"vq{name}")
+            stack.callback(host.run, f"ip link del vq{name}")
+            host.run(f"ip link set vq{name} master vqbridge up")
+            served.append(Served(tmp_path, f"tap:vq{name}", names=[name], namespace=host))
+            stack.callback(served[-1].close)
+        with or_skip():
+            source = QemuGuest(served[0].sockets)
+        stack.enter_context(source)
+        address_guest(source)
+        stack.enter_context(iperf_server(host))
+        source.output(f"iperf3 -c {HOST4} -t 12 --bidir --json >/tmp/iperf 2>&1 &")
+        wait_until(lambda: served[0].count("tx_frames") > 500, "traffic")
+        guest = stack.enter_context(source.move(served[1].sockets))
+        wait_until(lambda: served[1].count("tx_frames") > 500, "traffic on the other side")
+        assert ", 0% packet loss" in guest.output(f"ping -c 5 -i 0.2 -W 5 {HOST4}")
+        guest.output("for i in $(seq 200); do pidof iperf3 || break; sleep 0.1; done")
+        end = json.loads(guest.output("cat /tmp/iperf"))["end"]
+        assert end["sum_received"]["bytes"] > 1e6
+        assert end["sum_received_bidir_reverse"]["bytes"] > 1e6
+        assert_well(guest, host, *served)

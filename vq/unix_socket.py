@@ -1,0 +1,123 @@
+"""Unix stream sockets at a path: connecting to one, and listening on one of our own.
+
+What is wrong with a path is said in a sentence; a socket that a dead program left behind makes way
+for a new one. What is spoken over the sockets is left to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+from vq.errors import UsageError
+
+__all__ = ["Listener", "check_path", "connect"]
+
+
+class Listener:
+    """A listening socket at `path`, in place of one that nobody serves any more.
+
+    Raises `UsageError` when something else is at `path`, somebody serves it or no socket can have
+    it, and `OSError` when the kernel refuses.
+    """
+
+    def __init__(self, path: str, *, backlog: int = 16) -> None:
+        check_path(path)
+        self.path = path
+        self.socket = _make_socket()
+        try:
+            _remove_dead(path)
+            self.socket.bind(path)
+            self._file: tuple[int, int] | None = _identity(path)
+            self.socket.listen(backlog)
+        except OSError as error:
+            self.socket.close()
+            raise _explained(error, path) from error
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def close(self) -> None:
+        """Stops listening and removes the socket, unless it is another's by now."""
+        self.socket.close()
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):
+            if file is not None and _identity(self.path) == file:
+                os.unlink(self.path)
+
+
+def connect(path: str) -> socket.socket:
+    """A connected socket, which does not block.
+
+    Raises `UsageError` as `check_path` does, `OSError` when nobody listens there.
+    """
+    check_path(path)
+    connection = _make_socket()
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        raise _explained(error, path) from error
+    return connection
+
+
+def check_path(path: str) -> None:
+    """Raises `UsageError` when no socket can be at `path`, or something else is."""
+    if not path:
+        raise UsageError("an empty path is none for a socket")
+    with contextlib.suppress(OSError):  # nothing there, or not for us to see
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is there already, and is not a socket")
+
+
+def _make_socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setblocking(False)
+    return made
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _remove_dead(path: str) -> None:
+    """Makes way for a socket at `path`, if nobody has the one that is there."""
+    if not os.path.lexists(path):
+        return
+    # A socket of another type cannot connect, and so disturbs nobody: the refusal alone tells
+    # whether the socket has an owner (connect(2): EPROTOTYPE, ECONNREFUSED).
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+    raise UsageError(f"{path} is served already by another program")
+
+
+def _explained(error: OSError, path: str) -> Exception:
+    """The same error with a sentence that says which socket, and what is wrong with it."""
+    if error.errno is None:  # Python's own, before it asked the kernel
+        return UsageError(f"{path!r} is too long for a socket's path")
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED) and not os.path.isdir(_parent(path)):
+        reason = f"the directory of the socket {path} does not exist"
+    elif error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        reason = f"nobody listens at {path}"
+    elif error.errno == errno.EAGAIN:
+        reason = f"who listens at {path} takes no more clients now"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        reason = f"this user may not use the socket {path}"
+    else:
+        reason = f"the socket {path} cannot be used: {error.strerror}"
+    return OSError(error.errno, reason)
+
+
+def _parent(path: str) -> str:
+    return os.path.dirname(path) or os.curdir
