@@ -667,7 +667,7 @@ def _open_nameless(name: str) -> int:
     if memfd_create is not None:
         fd: int = memfd_create(name)
         return fd
-    import tempfile  # here only: half of all that this module would import is behind it
+    import tempfile  # seldom needed, and it imports a lot
 
     fd, path = tempfile.mkstemp(prefix=f"{name}-")
     try:

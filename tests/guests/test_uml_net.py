@@ -18,6 +18,8 @@ from vq.testing.requirements import find_program, or_skip
 
 from .conftest import GUEST4, GUEST6, HOST4, HOST6, TAP, Served, address_guest, assert_well
 
+# Percent. On a busy machine a receiver that does not run in time overflows its own socket.
+BUSY_LOSS = 20
 OFFLOADS = "rx tx sg tso gso gro"
 PEERS = pytest.mark.parametrize("peer", [HOST4, HOST6], ids=["ipv4", "ipv6"])
 
@@ -110,7 +112,7 @@ def test_udp(uml: UmlGuest, peer: str, direction: str, size: int, offloads: str)
     # A thousand datagrams.
     summary = transfer(uml, peer, f"-t 1 -u -b {size * 8000} -l {size}", direction)["sum"]
     assert summary["packets"] > 0
-    assert summary["lost_percent"] < 5
+    assert summary["lost_percent"] < BUSY_LOSS
 
 
 def test_both_directions_at_once(uml: UmlGuest) -> None:
@@ -246,5 +248,5 @@ def test_two_guests(link: str, tmp_path: Path, uml: UmlGuest, host: Namespace) -
                     summary = transfer(left, peer, "-t 1", direction)
                     assert summary["sum_received"]["bits_per_second"] > 20e6
                     summary = transfer(left, peer, "-t 1 -u -b 5M", direction)
-                    assert summary["sum"]["lost_percent"] < 5
+                    assert summary["sum"]["lost_percent"] < BUSY_LOSS
             assert_well(left, right, *served)

@@ -1,0 +1,324 @@
+"""What the benches with real guests share: who serves the tap, and the machine that they share.
+
+A contestant serves a tap to a guest over vhost-user: vq itself, or `peer.c`, a program that does
+the same with one system call a frame. Both are processes of their own, in a network namespace of
+the bench's, and `ServedTap.cpu_seconds` says what they cost.
+
+For root on Linux: what is missing is a `MissingRequirement`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import psutil
+
+from vq.bench import traffic
+from vq.bench.measure import print_table
+from vq.errors import VqError
+from vq.testing.contained import ContainedProcess
+from vq.testing.initramfs import cache_directory
+from vq.testing.namespaces import Namespace
+from vq.testing.requirements import MissingRequirement
+
+__all__ = [
+    "TAP",
+    "VQ",
+    "C",
+    "Figure",
+    "ServedTap",
+    "available",
+    "awake",
+    "compile_peer",
+    "pinned",
+    "positive_number",
+    "print_figures",
+    "run_traffic",
+    "summary",
+    "tap_namespace",
+    "traffic_argv",
+    "two_processors",
+]
+
+VQ, C = "vq", "c"
+TAP = "vbtap0"
+_START_TIMEOUT = 20.0
+_COMPILERS = ("cc", "gcc", "clang")
+
+_SPINNER = """
+import contextlib, os, sys
+# A session is scheduled as one, so its own priority counts too (sched(7), autogroup).
+with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+    file.write("19")
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while True:
+    pass
+"""
+
+
+class Figure(NamedTuple):
+    """Something that is measured."""
+
+    name: str
+    unit: str
+    more_is_better: bool = True
+    digits: int = 2
+    """Decimal places in the table."""
+
+
+# --- who takes part ------------------------------------------------------------------------------
+
+
+def compile_peer() -> Path | None:
+    """The C program, from the cache where it was compiled before; None without a C compiler.
+
+    Raises `VqError` when the compiler does not take it.
+    """
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        return None
+    source = (resources.files("vq.bench") / "peer.c").read_bytes()
+    key = hashlib.sha256(compiler.encode() + b"\0" + source).hexdigest()[:16]
+    program = cache_directory() / f"bench-peer-{key}"
+    if not program.exists():
+        with tempfile.TemporaryDirectory(dir=program.parent) as directory:
+            path = Path(directory, "peer.c")
+            path.write_bytes(source)
+            command = [compiler, "-O2", "-o", f"{directory}/peer", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            if done.returncode:
+                raise VqError(f"the C program does not compile: {done.stderr.strip()[-500:]}")
+            os.replace(f"{directory}/peer", program)
+    return program
+
+
+def available() -> dict[str, Sequence[str]]:
+    """The contestants on this machine, by name: the start of each one's command line."""
+    contestants: dict[str, Sequence[str]] = {VQ: [sys.executable, "-m", "vq", "serve", "net"]}
+    peer = compile_peer()
+    if peer is None:
+        print("vq bench: no C compiler here, so vq runs without the C program", file=sys.stderr)
+    else:
+        contestants[C] = [str(peer)]
+    return contestants
+
+
+class ServedTap:
+    """A contestant's process, which waits for a guest on `socket`; killed by `close`."""
+
+    def __init__(
+        self, namespace: Namespace, name: str, command: Sequence[str], *, lifetime: float = 300
+    ) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="vb-"))
+        self.socket = self._directory / "net.sock"
+        self._log = self._directory / "log"
+        socket = str(self.socket)
+        more = (
+            ["--socket", socket, "--link", f"tap:{TAP}", "--once"] if name == VQ else [socket, TAP]
+        )
+        argv = [*command, *more]
+        self._process = namespace.start(argv, lifetime=lifetime, output=self._log)
+        try:
+            _wait_until(self.socket.exists, self._process, self._log)
+            self.pid = _find(argv)
+        except BaseException:
+            self.close()
+            raise
+
+    def cpu_seconds(self) -> float:
+        """The processor time that the process has had so far."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # as clock_getcpuclockid(3) has it
+
+    def tap_frames(self) -> tuple[int, int]:
+        """Frames that went out of the guest into the tap, and towards the guest, so far."""
+        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
+            name, _, counters = line.partition(":")
+            if name.strip() == TAP:
+                numbers = counters.split()
+                return int(numbers[1]), int(numbers[9])
+        raise VqError(f"the tap {TAP} is gone")
+
+    def log(self) -> str:
+        """What the process has written."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def close(self) -> None:
+        """Kills the process. Closing twice is allowed."""
+        self._process.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _wait_until(condition: Callable[[], bool], process: ContainedProcess, log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not condition():
+        if not process.running or time.monotonic() > deadline:
+            said = log.read_text(errors="replace").strip() if log.exists() else ""
+            raise VqError(f"a contestant did not start: {said[-500:]}")
+        time.sleep(0.01)
+
+
+def _find(argv: Sequence[str]) -> int:
+    """The child or grandchild of ours that was started with this very command line."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() == list(argv):
+                return process.pid
+        except psutil.Error:  # it ended just now
+            continue
+    raise VqError(f"{argv[0]} ended at once")
+
+
+# --- where it takes place ------------------------------------------------------------------------
+
+
+@contextmanager
+def tap_namespace(address: str) -> Iterator[Namespace]:
+    """A namespace with a tap in it, up, with an IPv4 `address` (with its prefix), and no IPv6."""
+    with Namespace("vb") as namespace:
+        namespace.add_tap(TAP)
+        namespace.run(
+            "echo reno >/proc/sys/net/ipv4/tcp_congestion_control;"
+            f" echo 1 >/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6;"
+            f" ip addr add {address} dev {TAP} && ip link set {TAP} up"
+        )
+        yield namespace
+
+
+def run_traffic(namespace: Namespace, *words: object, timeout: float) -> float:
+    """Runs `vq.bench.traffic` in a namespace; returns the number that it prints."""
+    return float(namespace.run(shlex.join(traffic_argv(*words)), timeout=timeout))
+
+
+def traffic_argv(*words: object) -> list[str]:
+    """The command line that runs `vq.bench.traffic`."""
+    return [sys.executable, "-I", traffic.__file__, *map(str, words)]
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Keeps all processors busy at the lowest priority.
+
+    A virtual processor that was halted wakes up late, which is noise in what is measured.
+    """
+    with ExitStack() as stack:
+        for processor in sorted(os.sched_getaffinity(0)):
+            argv = [sys.executable, "-I", "-S", "-c", _SPINNER, str(processor)]
+            spinner = ContainedProcess(["setsid", "--wait", *argv], lifetime=3600)
+            stack.callback(spinner.close)
+        yield
+
+
+@contextmanager
+def pinned(processors: set[int]) -> Iterator[None]:
+    """What is started inside of this stays on these processors."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def two_processors() -> tuple[set[int], set[int]]:
+    """One processor for the guest, and the others for everything else.
+
+    Raises `MissingRequirement` where there is one only.
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        raise MissingRequirement("needs two processors")
+    return {usable[-1]}, set(usable[:-1])
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def positive_number(text: str) -> int:
+    """A count from the command line, for `argparse`."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def summary(
+    figures: Sequence[Figure], samples: Mapping[str, Sequence[Mapping[str, float]]]
+) -> list[dict[str, Any]]:
+    """Medians for each figure and contestant, and vq's ratio to each of the others.
+
+    `samples` are each contestant's rounds; in a round a figure may be missing.
+    """
+    rows = []
+    for figure in figures:
+        values = {
+            name: [sample[figure.name] for sample in rounds if figure.name in sample]
+            for name, rounds in samples.items()
+        }
+        medians = {name: statistics.median(found) for name, found in values.items() if found}
+        ours = medians.get(VQ)
+        rows.append(
+            {
+                "figure": figure.name,
+                "unit": figure.unit,
+                "better": "more" if figure.more_is_better else "less",
+                "medians": {name: round(value, 4) for name, value in medians.items()},
+                "ratios": {
+                    name: round(ours / value, 3)
+                    for name, value in medians.items()
+                    if name != VQ and ours is not None and value
+                },
+                "samples": {
+                    name: [round(value, 4) for value in found] for name, found in values.items()
+                },
+            }
+        )
+    return rows
+
+
+def print_figures(
+    figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]], contestants: Sequence[str]
+) -> None:
+    """The table of a summary."""
+    others = [name for name in contestants if name != VQ]
+    print_table(
+        ("", "", *contestants, *(f"vq/{name}" for name in others)),
+        [
+            (
+                row["figure"],
+                row["unit"],
+                *(_cell(row["medians"].get(name), figure.digits) for name in contestants),
+                *(_cell(row["ratios"].get(name), 2) for name in others),
+            )
+            for figure, row in zip(figures, rows, strict=True)
+        ],
+    )
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
