@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import NoReturn
 
 from vq.errors import UsageError, VqError
@@ -59,10 +58,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes time, and an installed vq."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"vq {metadata.version('vq')}")
+        parser.exit()
+
+
 def _parser(named: str | None) -> argparse.ArgumentParser:
     """The parser of the command line; of the commands only one that is named gets its options."""
     parser = _Parser(prog="vq", description="Write virtio device models in Python and run them.")
-    parser.add_argument("--version", action="version", version=f"vq {metadata.version('vq')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="say which vq this is, and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=_sentence(summary))

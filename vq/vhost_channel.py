@@ -97,7 +97,8 @@ class Channel:
                 if reply.payload:
                     log.info("the frontend refused %s: %s", reply.request.name, reply.payload)
             if not data:
-                self._lost("closed")
+                log.info("the frontend closed the backend's channel")
+                self.close()
         except BlockingIOError:
             pass
         except (OSError, FrontendError) as error:
