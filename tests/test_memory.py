@@ -801,6 +801,17 @@ def test_a_mark_sets_exactly_the_pages_of_its_range(step: int, gpa: int, length:
     assert dirty_pages(bitmap) == {page for page in expected if page < 64}
 
 
+@given(gpa=st.integers(0, 700), length=st.integers(0, 900))
+def test_with_other_writers_whole_bytes_are_set_so_that_no_bit_of_theirs_is_lost(
+    gpa: int, length: int
+) -> None:
+    """Two devices of one guest mark in one bitmap: a load, an OR and a store could undo a bit."""
+    bitmap = bytearray(8)
+    DirtyLog(bitmap, page_size=8, other_writers=True).mark(gpa, length)
+    touched = {byte // 64 for byte in range(gpa, gpa + length)}
+    assert bitmap == bytes(0xFF if index in touched else 0 for index in range(8))
+
+
 def test_pages_beyond_the_bitmap_are_passed_over() -> None:
     bitmap = bytearray(1)
     log = DirtyLog(bitmap)

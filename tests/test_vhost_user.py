@@ -905,10 +905,12 @@ def test_what_the_device_writes_is_in_the_dirty_log(talk: Talk) -> None:
     frontend.turn()
     dirty()
     talk.shout(b"dirty")
+    # Other processes may mark pages in the same log: whole bytes of it are set.
+    first, last = talk.ring.used // PAGE // 8, talk.ring.buffers // PAGE // 8
     assert (
         {talk.ring.used // PAGE, talk.ring.buffers // PAGE}
         <= dirty()
-        <= {page for page in range(talk.ring.used // PAGE, talk.ring.buffers // PAGE + 1)}
+        <= set(range(8 * first, 8 * last + 8))
     )
     frontend.set_memory(talk.ram)  # a replaced table goes on being logged
     talk.shout(b"still")

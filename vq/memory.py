@@ -235,10 +235,19 @@ class DirtyLog:
     vhost-user protocol). It covers guest-physical `0` up to `limit`; a memory that reaches further
     refuses the log when it is attached.
 
+    With `other_writers` other processes may mark pages in the same bitmap, as the devices of one
+    guest do in QEMU's: then whole bytes are set, eight pages at once.
+
     Raises `UsageError` for a bitmap that cannot be written and a page size that is no power of two.
     """
 
-    def __init__(self, bitmap: memoryview | bytearray, *, page_size: int = 4096) -> None:
+    def __init__(
+        self,
+        bitmap: memoryview | bytearray,
+        *,
+        page_size: int = 4096,
+        other_writers: bool = False,
+    ) -> None:
         if page_size <= 0 or page_size & (page_size - 1):
             raise UsageError(f"a page of {page_size} bytes is not a power of two")
         view = memoryview(bitmap)
@@ -246,6 +255,7 @@ class DirtyLog:
             raise UsageError("a dirty log needs a bitmap that can be written, in one piece")
         self._bits = view.cast("B")
         self._shift = page_size.bit_length() - 1
+        self._whole_bytes = other_writers
         self._lock = threading.Lock()
         self.page_size = page_size
         self.limit = len(self._bits) * 8 * page_size
@@ -258,8 +268,8 @@ class DirtyLog:
         Setting a bit is a load, an OR and a store, not one atomic operation. Towards the reader
         that is enough: it only clears bits (while it fetches them), so the worst is that a bit just
         fetched is stored again, and a clean page sent once more. Threads of this process take
-        turns by a lock. Another process that sets bits in the same byte at the same time is not
-        provided for.
+        turns by a lock. Between processes one could undo the other's bit, and a page would be lost;
+        but storing 0xff is one step and takes no bit away, at the price of neighbours sent again.
         """
         if gpa < 0 or length < 0:
             raise UsageError(f"no pages are dirty at {gpa:#x}, {length} bytes")
@@ -268,18 +278,21 @@ class DirtyLog:
             return
         first_byte, first_bit = divmod(gpa >> self._shift, 8)
         last_byte, last_bit = divmod((end - 1) >> self._shift, 8)
-        from_first = 0xFF << first_bit & 0xFF
-        to_last = 0xFF >> (7 - last_bit)
         bits = self._bits
         # The reader that sees the bit must see the bytes, too.
         order_stores()
+        if self._whole_bytes:
+            bits[first_byte : last_byte + 1] = b"\xff" * (last_byte + 1 - first_byte)
+            return
+        first_mask = 0xFF << first_bit & 0xFF
+        last_mask = 0xFF >> (7 - last_bit)
         with self._lock:
             if first_byte == last_byte:
-                bits[first_byte] |= from_first & to_last
+                bits[first_byte] |= first_mask & last_mask
             else:
-                bits[first_byte] |= from_first
+                bits[first_byte] |= first_mask
                 bits[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
-                bits[last_byte] |= to_last
+                bits[last_byte] |= last_mask
 
 
 class GuestMemory:

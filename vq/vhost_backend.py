@@ -478,7 +478,7 @@ class Backend:
             raise FrontendError("a log that is not in shared memory")
         region = Region.from_fd(message.take_fd(), 0, area.size, offset=area.offset)
         old, self._log_region = self._log_region, region
-        before, self._dirty_log = self._dirty_log, DirtyLog(region.view)
+        before, self._dirty_log = self._dirty_log, DirtyLog(region.view, other_writers=True)
         try:
             self._attach_log()
         except BaseException:
