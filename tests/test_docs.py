@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vq import cli
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -51,6 +53,20 @@ def test_a_command_works(line: str, tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
+
+
+INDENTED = [
+    (f"{page.relative_to(ROOT)}: {line}", line)
+    for page in PAGES
+    for line in re.findall(r"^    (vq (?!loop).*)$", page.read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize("line", [line for _, line in INDENTED], ids=[name for name, _ in INDENTED])
+def test_a_command_that_needs_a_guest_has_options_that_exist(line: str) -> None:
+    """What these do is tested with real guests, in tests/guests."""
+    words = shlex.split(line, comments=True)[1:]
+    cli._parser(words[0]).parse_args(words)
 
 
 def test_links_between_pages_lead_somewhere() -> None:
