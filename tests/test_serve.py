@@ -1,4 +1,4 @@
-"""`vq serve net` as a program: a scripted guest in front of it, its link's other end in our hands."""
+"""`vq serve net` as a program: a scripted guest before it, its link's other end in our hands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,7 +26,7 @@ from vq.abi import HdrFlag, NetFeature
 from vq.cli import main
 from vq.loop import Loop
 from vq.memory import GuestMemory
-from vq.net_driver import PLAIN_HEADER, NetDriver, NetHeader
+from vq.net_driver import PLAIN_HEADER, NetDriver, NetHeader, ReceivedFrame
 from vq.pcap import PcapWriter, read_frames
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import need_linux, need_namespaces, need_tap
@@ -144,19 +144,23 @@ class Guest:
             taken += self.driver.send_burst([(PLAIN_HEADER, frame) for frame in frames[taken:]])
             self.frontend.poll()
 
-    def receive(self, count: int, seconds: float = SECONDS) -> list[bytes]:
+    def frames(self, count: int, seconds: float = SECONDS) -> list[ReceivedFrame]:
         """So many frames, fewer if there are not so many in time."""
-        frames: list[bytes] = []
+        frames: list[ReceivedFrame] = []
         deadline = time.monotonic() + seconds
         while len(frames) < count and time.monotonic() < deadline:
-            frames += [frame.data for frame in self.driver.receive()]
+            frames += self.driver.receive()
             if len(frames) < count:
                 self.frontend.wait()
         return frames
 
-    def echo(self, count: int = 5) -> None:
+    def receive(self, count: int, seconds: float = SECONDS) -> list[bytes]:
+        """Likewise, without what stands before them."""
+        return [frame.data for frame in self.frames(count, seconds)]
+
+    def echo(self, count: int = 5, size: int = 64) -> None:
         """Frames come back over a loopback."""
-        sent = [frame_of(number) for number in range(count)]
+        sent = [frame_of(number).ljust(size, b"\0") for number in range(count)]
         self.send(*sent)
         assert self.receive(count) == sent
 
@@ -254,8 +258,7 @@ def test_checksums_are_complete_when_that_is_asked_for(
     header = NetHeader(flags=HdrFlag.NEEDS_CSUM, csum_start=34, csum_offset=6)
     sent = make_frame(make_payload(40), protocol=UDP)
     guest.driver.send(sent, header)
-    eventually(lambda: guest.frontend.wait() or bool(guest.driver._called), "a call")
-    (frame,) = guest.driver.receive()
+    (frame,) = guest.frames(1)
     assert bool(frame.header.flags & HdrFlag.NEEDS_CSUM) == (not words)
     whole = sent[26:34] + struct.pack("!II", len(sent) - 34, UDP) + frame.data[34:]
     assert (slow_sum(whole) == 0xFFFF) == bool(words)
@@ -275,8 +278,12 @@ def test_a_tap_carries_frames_to_the_hosts_network_and_back(serve: Serve, plug: 
         us, host_address = bytes((198, 18, 90, 2)), bytes((198, 18, 90, 1))
         arp = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + GUEST_MAC + us + bytes(6) + host_address
         guest.send(BROADCAST + GUEST_MAC + b"\x08\x06" + arp)
-        answers = [frame for frame in guest.receive(1) if frame[12:14] == b"\x08\x06"]
-        assert answers[0][20:22] == b"\0\2" and answers[0][28:32] == host_address
+        answers: list[bytes] = []
+        deadline = time.monotonic() + SECONDS
+        while not answers and time.monotonic() < deadline:  # the host has more to say than this
+            answers = [data for data in guest.receive(1) if data[12:14] == b"\x08\x06"]
+        (answer,) = answers
+        assert answer[20:22] == b"\0\2" and answer[28:32] == host_address
 
         assert guest.driver.settings.link_up
         host.run("ip link set vqs0 down")
@@ -297,9 +304,11 @@ class StreamPeer:
 
     def take(self) -> list[bytes]:
         """The whole frames that are there now."""
+        self.socket.setblocking(False)
         with suppress(BlockingIOError, ConnectionError):
-            while data := self.socket.recv(1 << 16, socket.MSG_DONTWAIT):
+            while data := self.socket.recv(1 << 16):
                 self._bytes += data
+        self.socket.settimeout(SECONDS)
         frames = []
         while len(self._bytes) >= 4:
             end = 4 + struct.unpack_from(">I", self._bytes)[0]
@@ -407,14 +416,14 @@ def test_a_full_disk_ends_the_capture_and_not_the_traffic(
     serve: Serve, plug: Plug, tmp_path: Path
 ) -> None:
     capture = tmp_path / "both.pcapng"
-    limit = 8192
+    limit = 1 << 16  # bytes a file, of memory too
     served = serve(
         f"--capture={capture}",
         prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     guest = plug(served.paths[0])
     for _ in range(4):
-        guest.echo(60)
+        guest.echo(60, size=1000)
     log = served.stop()
     assert log.count("frames are not recorded any more") == 1
     assert 0 < capture.stat().st_size <= limit
@@ -450,6 +459,15 @@ def test_statistics_for_people_and_who_reads_them_may_stop(tmp_path: Path) -> No
         finally:
             process.kill()
     assert not os.path.lexists(path)
+
+
+def test_statistics_that_cannot_be_written_do_not_stop_the_traffic(
+    serve: Serve, plug: Plug
+) -> None:
+    need_linux()  # /dev/full
+    served = serve("--stats", prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
+    eventually(lambda: "no more statistics" in served.log(), "the complaint")
+    plug(served.paths[0]).echo()
 
 
 # --- sockets and frontends -----------------------------------------------------------------------
@@ -522,6 +540,8 @@ def test_a_connected_socket_is_handed_over_and_its_end_is_the_end(
     with switch.accept()[0] as sock:
         peer = StreamPeer(sock)
         guest = plug(ours)
+        guest.send(frame_of(0))
+        assert peer.receive(1) == [frame_of(0)], "all kicks are served by now"
         peer.send(frame_of(1))
         assert guest.receive(1) == [frame_of(1)], "the link is looked at without a kick"
         guest.frontend.disconnect()
@@ -532,18 +552,21 @@ def test_a_connected_socket_is_handed_over_and_its_end_is_the_end(
 def test_a_descriptor_that_is_no_use_is_refused(
     kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with open(os.devnull) as file, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as idle:
-            fds = {"nothing": 999, "file": file.fileno()}
-            fds |= {"datagrams": datagrams.fileno(), "idle": idle.fileno()}
-            reasons = {
-                "nothing": "no socket is open under this number",
-                "file": "no socket is open under this number",
-                "datagrams": "not a Unix stream socket",
-                "idle": "the socket neither listens nor is connected",
-            }
-            fd = fds[kind]
-            assert main(["serve", "net", f"--fd={fd}"]) == 2
+    with (
+        open(os.devnull) as file,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as idle,
+    ):
+        fds = {"nothing": 999, "file": file.fileno()}
+        fds |= {"datagrams": datagrams.fileno(), "idle": idle.fileno()}
+        reasons = {
+            "nothing": "no socket is open under this number",
+            "file": "no socket is open under this number",
+            "datagrams": "not a Unix stream socket",
+            "idle": "the socket neither listens nor is connected",
+        }
+        fd = fds[kind]
+        assert main(["serve", "net", f"--fd={fd}"]) == 2
     assert capfd.readouterr().err.endswith(f"vq serve: --fd {fd}: {reasons[kind]}\n")
 
 
@@ -570,14 +593,14 @@ def test_a_frontend_that_dies_makes_room_for_the_one_that_waits(serve: Serve, pl
     served = serve()
     first = plug(served.paths[0])
     first.echo()
-    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as waiting:
-        waiting.connect(served.paths[0])
-        first.send(*(frame_of(number) for number in range(100)))
-        first.frontend.disconnect()
-        second = plug(waiting)
-        assert second.receive(1, seconds=0.1) == [], "nothing of the first guest's"
-        second.echo()
-        log = served.stop()
+    waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    waiting.connect(served.paths[0])
+    first.send(*(frame_of(number) for number in range(100)))
+    first.frontend.disconnect()
+    second = plug(waiting)
+    assert second.receive(1, seconds=0.1) == [], "nothing of the first guest's"
+    second.echo()
+    log = served.stop()
     assert "disconnected" in log or "the frontend is gone" in log
 
 
@@ -595,6 +618,7 @@ def test_a_frontend_that_breaks_the_protocol_is_dropped_with_the_reason(
 
 
 def test_nothing_is_left_of_a_hundred_connections(serve: Serve) -> None:
+    need_linux()  # /proc
     served = serve()
     process = psutil.Process(served.process.pid)
     idle = process.num_fds()
@@ -603,7 +627,7 @@ def test_nothing_is_left_of_a_hundred_connections(serve: Serve) -> None:
             frontend = VhostFrontend(served.paths[0], memory)
             frontend.accept_features(1 << 32)
             frontend.close()
-    eventually(lambda: process.num_fds() == idle, "the descriptors back")
+    eventually(lambda: process.num_fds() <= idle, "the descriptors back")
     with open(f"/proc/{process.pid}/maps") as maps:
         assert not [line for line in maps if "memfd:" in line]
 
@@ -616,13 +640,13 @@ def test_a_signal_in_the_middle_of_traffic(serve: Serve, plug: Plug) -> None:
     guest = plug(served.paths[0])
     numbers = itertools.count()
     ends = time.monotonic() + 0.3
-    with suppress(ConnectionError, AssertionError):
-        while served.process.poll() is None:
-            guest.send(*(frame_of(next(numbers)) for _ in range(32)))
-            guest.driver.receive()
-            if time.monotonic() > ends:
-                served.process.terminate()
-                ends += SECONDS
+    while served.process.poll() is None:
+        guest.driver.send_burst([(PLAIN_HEADER, frame_of(next(numbers))) for _ in range(32)])
+        guest.frontend.poll()
+        guest.driver.receive()
+        if time.monotonic() > ends:
+            served.process.terminate()
+            ends += SECONDS
     assert next(numbers) > 100
     assert served.ended() == 0
     assert not os.path.lexists(served.paths[0])
@@ -630,20 +654,20 @@ def test_a_signal_in_the_middle_of_traffic(serve: Serve, plug: Plug) -> None:
 
 
 def test_a_signal_at_any_moment_of_the_start_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    for delay in range(6):
+    path = str(tmp_path / "s")
+    for delay in range(8):
         process = subprocess.Popen(
-            [sys.executable, "-m", "vq", "serve", "net", "--socket", str(path)],
+            [sys.executable, "-m", "vq", "serve", "net", "--socket", path],
             stderr=subprocess.PIPE,
             text=True,
         )
         assert process.stderr is not None
         try:
             with process.stderr:
-                if delay:
-                    time.sleep(0.05 * delay)
-                else:  # the moment when the socket is there
-                    eventually(path.exists, "the socket")
+                deadline = time.monotonic() + (0.03 * delay if delay % 2 else SECONDS)
+                while time.monotonic() < deadline and not os.path.lexists(path):
+                    pass  # the very moment when the socket is there is among those tried
+                process.terminate()
                 process.terminate()
                 assert process.wait(SECONDS) in (0, -signal.SIGTERM)
                 assert "Traceback" not in process.stderr.read()
@@ -739,6 +763,7 @@ def test_the_guests_traffic_survives_a_killed_server(
         (["--socket=s", "--local-dhcp=10.0.0.1"], "--local-dhcp takes GUEST/HOST"),
         (["--socket=s", "--local-dhcp=10.0.0.1/here"], "'here' is not an IPv4 address"),
         (["--socket=s", "--capture=nowhere/x.pcapng"], "nowhere/x.pcapng: No such file"),
+        (["--socket=s", "--link=pcap:FILE", "--capture=./FILE"], "the link's file and the record"),
         (["--socket=s", "--stats=xml"], "invalid choice"),
     ],
 )
@@ -833,6 +858,7 @@ def test_a_supervisor_hears_when_it_is_ready_and_when_it_stops(tmp_path: Path) -
 
 
 def test_it_is_small_while_it_waits(serve: Serve, plug: Plug) -> None:
+    need_linux()  # what of it is the guest's RAM
     served = serve()
     process = psutil.Process(served.process.pid)
     waiting = process.memory_info().rss
@@ -857,4 +883,4 @@ def test_what_a_link_needs_is_imported_for_that_link_only() -> None:
 
     assert not modules("vq") & {"argparse", "tempfile", "typing_extensions", "psutil", "socket"}
     links = {"vq.tap", "vq.tap_linux", "vq.stream", "vq.pcap_link", "vq.pcap", "vq.dhcp"}
-    assert not modules("vq.serve") & (links | {"psutil", "vq.driver" + "_none"})
+    assert not modules("vq.serve") & (links | {"psutil"})

@@ -136,6 +136,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--fd goes without --socket, --client and --link pair")
     if args.local_dhcp and paired:
         raise UsageError("--local-dhcp is for one guest, --link pair joins two")
+    kind, _, files = args.link.partition(":")
+    if args.capture and kind == "pcap":
+        for path in files.split(","):
+            if os.path.realpath(path) == os.path.realpath(args.capture):
+                raise UsageError(f"{path} cannot be the link's file and the record at once")
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -368,15 +373,22 @@ class _Statistics:
         now = self._sum()
         new = {name: count - self._before[name] for name, count in now.items()}
         self._before = now
-        if self._as_json:
-            print(json.dumps({"second": new, "total": dict(now)}), flush=True)
-        else:
-            dropped = sum(count for name, count in new.items() if "_dropped" in name)
-            print(
-                f"from guest {new.get('tx_frames', 0):>8} frames"
-                f" {8e-6 * new.get('tx_bytes', 0):>9.1f} Mbit"
-                f"   to guest {new.get('rx_frames', 0):>8} frames"
-                f" {8e-6 * new.get('rx_bytes', 0):>9.1f} Mbit   dropped {dropped}",
-                flush=True,
-            )
+        try:
+            print(self._line(new, now), flush=True)
+        except BrokenPipeError:  # whoever reads them ends the command, as it ends others
+            raise
+        except OSError as error:
+            log.error("no more statistics, they cannot be written: %s", error)
+            return
         self._loop.call_later(1.0, self._tell)
+
+    def _line(self, new: dict[str, int], total: dict[str, int]) -> str:
+        if self._as_json:
+            return json.dumps({"second": new, "total": total})
+        dropped = sum(count for name, count in new.items() if "_dropped" in name)
+        return (
+            f"from guest {new.get('tx_frames', 0):>8} frames"
+            f" {8e-6 * new.get('tx_bytes', 0):>9.1f} Mbit"
+            f"   to guest {new.get('rx_frames', 0):>8} frames"
+            f" {8e-6 * new.get('rx_bytes', 0):>9.1f} Mbit   dropped {dropped}"
+        )

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from vq.device import Device, Watch
 from vq.errors import FrontendError, UsageError
 from vq.loop import Loop, Timer
-from vq.unix_socket import Listener, check_path, connect
+from vq.unix_socket import Listener, connect
 from vq.vhost_backend import Backend, choose_offered
 from vq.vhost_message import MAX_FDS, Decoder, Message, encode
 
@@ -282,7 +282,6 @@ class Client:
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
         self.name = os.fspath(path)
-        check_path(self.name)
         self.connection: Connection | None = None
         self.connections = 0
         """How often a connection came about so far."""
@@ -295,8 +294,8 @@ class Client:
         self._timer: Timer | None = None
         self._refused: str | None = None
         self._closed = False
-        watch_device(device, loop)
         self._connect()
+        watch_device(device, loop)
 
     def close(self) -> None:
         """Ends the connection there may be, and makes no other. Closing twice is allowed."""
@@ -314,6 +313,8 @@ class Client:
         try:
             sock = connect(self.name)
         except (OSError, UsageError) as error:
+            if isinstance(error, UsageError) and self._refused is None and not self.connections:
+                raise  # the first attempt is made for our caller
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             if reason != self._refused:  # once, not at every attempt
                 self._refused = reason

@@ -78,9 +78,9 @@ class VhostFrontend:
     `idle` is called while the frontend waits: where the backend is served by a `Loop` of the same
     thread `idle` has to give it a turn (``lambda: loop.run_once(0)``).
 
-    Calls of the backend are seen in `poll` and `wait`, and in whatever waits for a reply. Raises
-    `OSError` when the backend is not there or closes the connection, `DeviceError` when it refuses
-    something or does not answer for `timeout` seconds.
+    Calls of the backend are seen in `poll` and `wait`. Raises `OSError` when the backend is not
+    there or closes the connection, `DeviceError` when it refuses something or does not answer for
+    `timeout` seconds.
     """
 
     def __init__(
@@ -185,11 +185,11 @@ class VhostFrontend:
 
     def poll(self) -> bool:
         """Hands on the calls and configuration changes that have come; whether there were any."""
-        return self._wait_for(None, 0)
+        return self._wait_for_events(0)
 
     def wait(self, seconds: float = 0.005) -> bool:
         """Likewise, but waits up to `seconds` for one: what `NetDriver` takes as its `idle`."""
-        return self._wait_for(None, seconds)
+        return self._wait_for_events(seconds)
 
     # --- connections ----------------------------------------------------------------------------
 
@@ -381,7 +381,7 @@ class VhostFrontend:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DeviceError(f"no answer to {request.name} in time") from None
-                self._wait_for(self._socket, 0.05)
+                self._rest_until_readable(self._socket)
                 continue
             if not data:
                 raise ConnectionResetError(f"the backend hung up after {request.name}")
@@ -390,24 +390,31 @@ class VhostFrontend:
             raise DeviceError(f"{request.name} was answered with {message.request.name}")
         return message
 
+    def _rest_until_readable(self, sock: socket.socket) -> None:
+        """Calls wait meanwhile: a driver that hears of one may want to ask something itself."""
+        if self._idle is not None:
+            self._idle()
+        else:
+            select.select([sock], [], [], self._timeout)
+
     def _rest(self, seconds: float) -> None:
         if self._idle is not None:
             self._idle()
         else:
             time.sleep(seconds)
 
-    def _wait_for(self, also: socket.socket | None, seconds: float) -> bool:
-        """Waits for `also`, a call or a request of the backend, and hands on the last two."""
+    def _wait_for_events(self, seconds: float) -> bool:
+        """Waits for a call or a request of the backend, and hands them on."""
         if self._idle is not None:
             self._idle()
             seconds = 0
         calls = {vring.call: index for index, vring in self._vrings.items()}
-        sockets = [sock.fileno() for sock in (self._channel, also) if sock is not None]
-        ready = select.select([*calls, *sockets], [], [], seconds)[0]
+        channel = [] if self._channel is None else [self._channel.fileno()]
+        ready = select.select([*calls, *channel], [], [], seconds)[0]
         for fd in ready:
             if fd in calls:
                 self._read_call(fd, calls[fd])
-            elif self._channel is not None and fd == self._channel.fileno():
+            else:
                 self._read_channel()
         return bool(ready)
 
