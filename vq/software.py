@@ -8,6 +8,7 @@ segments that the next one will not do. What the headers of a frame say is `vq.p
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -38,6 +39,8 @@ MAX_GSO_HEADERS = 512
 _PLAIN = bytes(10)  # num_buffers says nothing in a frame that is sent (virtio 1.3, 5.1.6.2)
 _NEEDS_CSUM = int(HdrFlag.NEEDS_CSUM)
 _GSO_NONE = int(HdrGso.NONE)
+_GSO_TCPV4, _GSO_TCPV6 = int(HdrGso.TCPV4), int(HdrGso.TCPV6)
+_USUAL_HEADERS = 14 + 40 + 60  # Ethernet, IPv6, TCP with all options
 _ETHERNET_HEADER = 14
 
 
@@ -102,6 +105,10 @@ def check_frame(frame: _Frame, length: int, allowed: Offload) -> _Frame:
     pieces = frame[1:]
     if gso_type == _GSO_NONE:
         hdr_len, gso_size = min(hdr_len, length), 0
+    elif (flags & _NEEDS_CSUM and permitted & _GSO_OFFLOADS.get(gso_type, 0)) and (
+        usual := _usual_tcp(pieces, gso_type, gso_size, csum_start, csum_offset, length)
+    ):
+        hdr_len, pieces = len(usual[0]), usual
     else:
         packet = _checked_gso(header, pieces, permitted)
         hdr_len = packet.header_length
@@ -192,6 +199,65 @@ def _check_csum(start: int, offset: int, length: int) -> None:
         raise HeaderLie("csum in Ethernet header")
     if start + offset + 2 > length:
         raise HeaderLie("csum beyond frame")
+
+
+# Ethertype; version and header length, total length, fragment, protocol, checksum.
+_IPV4_START = struct.Struct("!12xHBxH2xHxBH")
+# Ethertype; version, payload length, next header.
+_IPV6_START = struct.Struct("!12xHB3xHB")
+
+
+def _usual_tcp(
+    pieces: Sequence[Buffer],
+    gso_type: int,
+    gso_size: int,
+    csum_start: int,
+    csum_offset: int,
+    length: int,
+) -> list[Buffer] | None:
+    """The pieces of a frame to be segmented, headers private and first, if nothing is unusual.
+
+    Usual is what nearly all such frames are: TCP right behind an IP header without options or
+    extensions, without a VLAN tag, all lengths true, and all headers in the first piece. They pass
+    `_checked_gso` and need no mending, at a tenth of the price. Anything else, bad frames too, is
+    None here and for that function to judge.
+    """
+    start = bytes(pieces[0][:_USUAL_HEADERS])
+    if len(start) < csum_start + 20 or csum_offset != packets.TCP_CHECKSUM:
+        return None
+    if gso_type == _GSO_TCPV4 and csum_start == 34:
+        ethertype, version, total, fragment, protocol, checksum = _IPV4_START.unpack_from(start)
+        if (
+            (ethertype, version, protocol) != (packets.ETHERTYPE_IPV4, 0x45, packets.IPPROTO_TCP)
+            or fragment & 0x3FFF
+            or not checksum
+        ):
+            return None
+    elif gso_type == _GSO_TCPV6 and csum_start == 54:
+        ethertype, version, total, protocol = _IPV6_START.unpack_from(start)
+        if (ethertype, version >> 4, protocol) != (
+            packets.ETHERTYPE_IPV6,
+            6,
+            packets.IPPROTO_TCP,
+        ) or not total:
+            return None
+        total += 40
+    else:
+        return None
+    tcp_header = (start[csum_start + 12] >> 4) * 4
+    end = csum_start + tcp_header
+    if (
+        tcp_header < 20
+        or end > min(len(start), MAX_GSO_HEADERS)
+        or total + _ETHERNET_HEADER != length
+        or gso_size < MIN_TCP_GSO_SIZE
+        or end - _ETHERNET_HEADER + min(gso_size, length - end) > 0xFFFF
+    ):
+        return None
+    first = pieces[0]
+    if len(first) == end:
+        return [start[:end], *pieces[1:]]
+    return [start[:end], memoryview(first)[end:], *pieces[1:]]
 
 
 def _checked_gso(header: Buffer, pieces: Sequence[Buffer], permitted: int) -> Packet:
