@@ -25,6 +25,8 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice, repeat
+from operator import add
 from typing import Protocol
 
 from vq.abi import (
@@ -287,7 +289,7 @@ class SplitRing:
             return chains
         head = self._resubmit.popleft()
         self._resubmitted.add(head)
-        chains = self._read_chains([head], resubmitted=True)
+        chains = self._read_chains((head,), resubmitted=True)
         self._note_popped(chains)
         return chains
 
@@ -321,12 +323,14 @@ class SplitRing:
         heads = _words(first).unpack_from(self._avail, 4 + 2 * slot)
         return heads + _words(count - first).unpack_from(self._avail, 4)
 
-    def _read_chains(self, heads: Sequence[int], *, resubmitted: bool = False) -> list[Chain]:
+    def _read_chains(self, heads: tuple[int, ...], *, resubmitted: bool = False) -> list[Chain]:
         """The chains at `heads`, up to the first bad one.
 
         A chain of one descriptor in the region of the chain before it is the usual case of a
         busy queue; it is dealt with here, in line, and everything else by `_walk`.
         """
+        if len(heads) > 1 and (usual := self._read_usual(heads)):
+            return usual
         chains: list[Chain] = []
         append = chains.append
         outstanding = self._outstanding
@@ -366,6 +370,59 @@ class SplitRing:
             if not chains:
                 self._consume(error.head, resubmitted)
                 raise
+        return chains
+
+    def _read_usual(self, heads: tuple[int, ...]) -> list[Chain]:
+        """The chains at `heads` if all of them are of the usual kind; else none is read.
+
+        That is what drivers offer again and again: one buffer a chain, all in one region, all
+        readable or all writable. Each check then is one for all of them.
+        """
+        first, count = heads[0], len(heads)
+        end = first + count
+        outstanding = self._outstanding
+        addresses: Sequence[int]
+        lengths: Sequence[int]
+        flags: Sequence[int]
+        if end <= self.size and heads == tuple(range(first, end)):
+            fields = _descriptors(count).unpack_from(self._table, first << 4)
+            addresses, lengths, flags = fields[::4], fields[1::4], fields[2::4]
+            held = outstanding[first:end]
+        elif max(heads) < self.size and len(set(heads)) == count:
+            table, unpack = self._table, _DESCRIPTOR.unpack_from
+            addresses, lengths, flags, _ = zip(
+                *[unpack(table, head << 4) for head in heads], strict=True
+            )
+            held = [outstanding[head] for head in heads]
+        else:
+            return []
+        flag = flags[0]
+        base, limit, view = self._window
+        if (
+            flag & ~DESC_F_WRITE
+            or flags.count(flag) != count
+            or held.count(None) != count
+            or min(addresses) < base
+            or max(map(add, addresses, lengths)) > base + limit
+            or not min(lengths)
+        ):
+            return []
+        chains: list[Chain] = []
+        append = chains.append
+        for head, address, length in zip(heads, addresses, lengths, strict=True):
+            offset = address - base
+            buffer = (view[offset : offset + length],)
+            chain = _Taken()
+            chain.head = head
+            if flag:
+                chain.readable = _NO_VIEWS
+                chain.writable = buffer
+            else:
+                chain.readable = buffer
+                chain.writable = _NO_VIEWS
+            chain.written = 0
+            outstanding[head] = chain
+            append(chain)
         return chains
 
     def _descriptors(self, heads: Sequence[int]) -> Iterable[tuple[int, int, int, int]]:
@@ -510,10 +567,11 @@ class SplitRing:
 
     def write_used_burst(self, chains: Iterable[Chain]) -> None:
         """Writes the used elements of several chains, in this order; see `write_used`."""
-        if not self._in_order:
-            chains = list(chains)
-            if len(chains) > 1 and self._write_run(chains):
-                return
+        chains = list(chains)
+        if len(chains) > 1 and (
+            self._write_held(chains) if not self._in_order else self._write_oldest(chains)
+        ):
+            return
         outstanding = self._outstanding
         size = self.size
         elements: list[int] = []
@@ -581,22 +639,41 @@ class SplitRing:
         head = chain.head
         return head < self.size and self._outstanding[head] is chain and head not in self._completed
 
-    def _write_run(self, chains: list[Chain]) -> bool:
-        """Writes the used elements of chains whose heads count up by one, if that is what they are.
+    def _write_held(self, chains: list[Chain]) -> bool:
+        """Writes the used elements of chains that are outstanding, every one and each once.
 
-        A burst given back as it was popped mostly is. The comparison goes by identity: these
-        chains are outstanding, every one of them and each once.
+        If that is not what they are, nothing happens. The comparisons go by identity.
         """
         first, count = chains[0].head, len(chains)
         outstanding = self._outstanding
-        if outstanding[first : first + count] != chains:
-            return False
-        outstanding[first : first + count] = [None] * count
+        heads: Sequence[int]
+        if outstanding[first : first + count] == chains:  # given back as they were popped
+            heads = range(first, first + count)
+            outstanding[first : first + count] = [None] * count
+        else:
+            heads = [chain.head for chain in chains]
+            if (
+                max(heads) >= self.size
+                or [outstanding[head] for head in heads] != chains
+                or len(set(heads)) != count
+            ):
+                return False
+            for head in heads:
+                outstanding[head] = None
         elements = [0] * (2 * count)
-        elements[::2] = range(first, first + count)
+        elements[::2] = heads
         elements[1::2] = [chain.written for chain in chains]
         self._write_elements(elements)
         self._unpublished += chains
+        return True
+
+    def _write_oldest(self, chains: list[Chain]) -> bool:
+        """IN_ORDER: the same for the chains that were popped first, if nothing waits for them."""
+        order, count = self._order, len(chains)
+        if self._completed or list(islice(order, count)) != chains or not self._write_held(chains):
+            return False
+        for _ in repeat(None, count):
+            order.popleft()
         return True
 
     def _write_elements(self, elements: list[int]) -> None:
@@ -673,6 +750,12 @@ class SplitRing:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
         if self.memory.dirty_log is not None:
             self.memory.mark_dirty(self._used_gpa + 2 * index, 2)
+
+
+@lru_cache(maxsize=256)
+def _descriptors(count: int) -> struct.Struct:
+    """So many descriptors: their fields one after another."""
+    return struct.Struct("<" + "QIHH" * count)
 
 
 @lru_cache(maxsize=256)
