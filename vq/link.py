@@ -22,6 +22,7 @@ from vq.offload import ALL, Offload
 
 __all__ = [
     "MAX_FRAME",
+    "BurstRoom",
     "Frame",
     "FrameBuffer",
     "Link",
@@ -56,6 +57,23 @@ class Room(Protocol):
         """A frame of `length` bytes now stands in the views; `header` is its 12-byte net header.
 
         The views are not the link's any more: it asks for new ones for the next frame.
+        """
+
+
+class BurstRoom(Room, Protocol):
+    """A room that also lends for many short frames at a time; a link need not make use of it."""
+
+    def lend_burst(self, limit: int, longest: int) -> Sequence[memoryview]:
+        """Views for up to `limit` frames, each with room for a net header, a frame of `longest`
+        bytes behind it, and a byte more, by which the link knows one that was longer.
+
+        Empty when frames have to be dealt with one by one.
+        """
+
+    def commit_burst(self, lengths: Sequence[int]) -> None:
+        """Frames stand in the first views that were lent, each of so many bytes, header included.
+
+        The header's num_buffers is 0.
         """
 
 

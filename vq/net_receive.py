@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
@@ -54,7 +53,7 @@ class ReceiveWindow:
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
-        self._chains: deque[Chain] = deque()
+        self._chains: list[Chain] = []
         self._finished: list[Chain] = []
         self._pending: deque[Frame] = deque()
         self._spill = memoryview(bytearray(MAX_FRAME))
@@ -62,6 +61,7 @@ class ReceiveWindow:
         self._first_room = 0  # bytes of the frame that the first buffer takes
         self._gathered = 1  # buffers that the views lie in
         self._room = 0  # bytes of the frame that these take
+        self._shortest = 0  # bytes in the smallest of the buffers; 0 with a chain of several
         self._expected = 0  # length of the last frame: the next may well be as long
         self._as_is = frozenset((b"\0\0",))
 
@@ -130,15 +130,69 @@ class ReceiveWindow:
         if self.private or header[:2] not in self._as_is:
             self.deliver([header, copy_range(views, 0, length)])
             return
-        self._expected = length
+        # As the recent ones: a short frame among long ones changes little.
+        self._expected = max(length, self._expected - (self._expected >> 3))
         if length <= self._first_room:
-            chain = self._chains.popleft()
+            chain = self._chains.pop(0)
             chain.written = NET_HDR_SIZE + length
             _write_header(chain, header, _ONE_BUFFER)
             self._finished.append(chain)
             self._count(length)
         else:
             self._commit_over_buffers(header, length)
+
+    def lend_burst(self, limit: int, longest: int) -> Sequence[memoryview]:
+        """One buffer each for frames that need no second look. See `vq.link.Room`."""
+        if (
+            self.private
+            or self._pending
+            or self.wants is not None
+            or (self.largest_plain is not None and self.largest_plain < longest)
+            or not (self._chains or self._refill())
+            or self._shortest <= NET_HDR_SIZE + longest
+        ):
+            return ()
+        return [chain.writable[0] for chain in self._chains[:limit]]
+
+    def commit_burst(self, lengths: Sequence[int]) -> None:
+        """See `vq.link.Room`. What stands in the headers by now concerns the guest alone."""
+        as_is = self._as_is
+        count = len(lengths)
+        chains = self._chains[:count]
+        others: list[Chain] = []
+        for chain, length in zip(chains, lengths, strict=True):
+            first = chain.writable[0]
+            if (first[0] or first[1]) and bytes(first[:2]) not in as_is:
+                others.append(chain)
+            else:
+                first[10] = 1  # num_buffers (5.1.6.4)
+            chain.written = length
+        if others:
+            self._commit_others(chains, others)
+            return
+        del self._chains[:count]
+        self._finished += chains
+        self._stats["rx_frames"] += count
+        self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
+
+    def _commit_others(self, chains: list[Chain], others: list[Chain]) -> None:
+        """Some of the frames that came in a burst leave undone what the guest does not take.
+
+        They are copied, and get their places anew, behind the rest of the burst.
+        """
+        frames: list[Frame] = []
+        for chain in others:
+            first, length = chain.writable[0], chain.written
+            frames.append([bytes(first[:NET_HDR_SIZE]), bytes(first[NET_HDR_SIZE:length])])
+            chain.written = len(first)
+        del self._chains[: len(chains)]
+        self._chains[:0] = others
+        for chain in chains:
+            if chain not in others:
+                self._finished.append(chain)
+                self._count(chain.written - NET_HDR_SIZE)
+        for frame in frames:
+            self.deliver(frame)
 
     # --- for the device -----------------------------------------------------------------------
 
@@ -174,7 +228,7 @@ class ReceiveWindow:
 
     def put_back(self) -> None:
         """Gives the unused buffers back to the ring, for whoever works on it later."""
-        self._ring.undo_pop(list(self._chains))
+        self._ring.undo_pop(self._chains)
         self._chains.clear()
 
     def drop_pending(self, reason: str) -> None:
@@ -204,16 +258,27 @@ class ReceiveWindow:
 
     def _refill(self) -> bool:
         chains = self._ring.pop_burst(_REFILL)
+        shortest = self._shortest if self._chains else MAX_FRAME + NET_HDR_SIZE
         for chain in chains:
             if chain.readable:
                 raise self._misfit(chains, chain)
+            buffers = chain.writable
+            if len(buffers) == 1:
+                chain.written = size = len(buffers[0])  # full, until it is found to be less
+            else:
+                chain.written, size = chain.writable_size, 0
+            if size < shortest:
+                shortest = size
+        self._shortest = shortest
         self._chains.extend(chains)
         return bool(chains)
 
     def _misfit(self, chains: list[Chain], misfit: Chain) -> DriverError:
         """A chain with readable buffers is given back empty; the others stay."""
         for chain in chains:
+            chain.written = 0 if chain is misfit else chain.writable_size
             (self._finished if chain is misfit else self._chains).append(chain)
+        self._shortest = 0
         return DriverError(
             "a readable buffer in a receive queue",
             queue=self._ring.name,
@@ -222,7 +287,8 @@ class ReceiveWindow:
         )
 
     def _too_small(self, chain: Chain) -> DriverError:
-        self._finished.append(self._chains.popleft())
+        chain.written = 0
+        self._finished.append(self._chains.pop(0))
         return DriverError(
             f"a receive buffer of {chain.writable_size} bytes has no room for the header",
             queue=self._ring.name,
@@ -237,10 +303,16 @@ class ReceiveWindow:
         while room < expected:
             if gathered == len(self._chains) and not self._refill():
                 break
-            for chain in islice(self._chains, gathered, None):
-                buffers = chain.writable
-                views += buffers
-                room += len(buffers[0]) if len(buffers) == 1 else chain.writable_size
+            if self._shortest:  # one view each: as many as it takes if all are that short
+                most = gathered + 1 + (expected - room) // self._shortest
+                more = [chain.writable[0] for chain in self._chains[gathered:most]]
+                views += more
+                room += sum(map(len, more))
+                gathered += len(more)
+                continue
+            for chain in self._chains[gathered:]:
+                views += chain.writable
+                room += chain.written
                 gathered += 1
                 if room >= expected:
                     break
@@ -261,12 +333,10 @@ class ReceiveWindow:
                 if count == len(self._chains) and not self._refill():
                     self.deliver([header, copy_range(self._views, 0, length)])
                     return
-                capacity += self._chains[count].writable_size
+                capacity += self._chains[count].written
                 count += 1
             more = [
-                view
-                for chain in islice(self._chains, self._gathered, count)
-                for view in chain.writable
+                view for chain in self._chains[self._gathered : count] for view in chain.writable
             ]
             scatter((self._spill[:spilled],), more)
         self._use(header, length)
@@ -274,12 +344,14 @@ class ReceiveWindow:
     def _use(self, header: bytes, length: int) -> None:
         """Marks the first buffers as used by one frame that stands in them already."""
         left = NET_HDR_SIZE + length
-        used: list[Chain] = []
+        count = 0
         while left > 0:
-            chain = self._chains.popleft()
-            chain.written = min(left, chain.writable_size)  # all but the last are full (5.1.6.4.1)
+            chain = self._chains[count]
             left -= chain.written
-            used.append(chain)
+            count += 1
+        used = self._chains[:count]
+        del self._chains[:count]
+        chain.written += left  # all but the last are full (5.1.6.4.1)
         _write_header(used[0], header, len(used).to_bytes(2, "little"))
         self._finished += used
         self._count(length)
@@ -315,7 +387,7 @@ class ReceiveWindow:
         if capacity < NET_HDR_SIZE + length:
             self._drop("longer than the receive buffer")
             return True
-        views = [view for chain in islice(self._chains, count) for view in chain.writable]
+        views = [view for chain in self._chains[:count] for view in chain.writable]
         scatter((bytes(NET_HDR_SIZE), *pieces), views)
         self._use(bytes(frame[0]), length)
         return True

@@ -22,13 +22,13 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
-from vq.link import MAX_FRAME, Frame, Link, Port, Room, scatter
+from vq.link import MAX_FRAME, BurstRoom, Frame, Link, Port, Room, scatter
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
 __all__ = ["LinuxTap", "LinuxTapPort"]
@@ -87,6 +87,8 @@ class LinuxTapPort(Port):
         self._truncated = truncated
         self._header = bytearray(NET_HDR_SIZE)
         self._beyond = bytearray(1)
+        self.longest = MAX_FRAME
+        """The longest frame that is expected, in bytes."""
         self.active = True
         """Whether the queue is attached. Whoever polls leaves out ports that are not: the kernel
         reports an error on them without end."""
@@ -132,6 +134,8 @@ class LinuxTapPort(Port):
         """
         if not self.active:
             return 0
+        if moved := self._read_short(room, limit):
+            return moved
         fd = self._fd
         header, beyond = self._header, self._beyond
         readv = os.readv
@@ -158,6 +162,35 @@ class LinuxTapPort(Port):
             room.commit(bytes(header), length)
             moved += 1
         return moved
+
+    def _read_short(self, room: Room, limit: int) -> int:
+        """Reads frames that are short enough for one buffer each, if they all are.
+
+        The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
+        """
+        if not hasattr(room, "lend_burst"):
+            return 0
+        room = cast(BurstRoom, room)
+        longest = self.longest
+        views = room.lend_burst(limit, longest)
+        if not views:
+            return 0
+        fd, readv = self._fd, os.readv
+        lengths: list[int] = []
+        append = lengths.append
+        try:
+            for view in views:
+                append(readv(fd, (view,)))
+        except BlockingIOError:
+            pass
+        except OSError:
+            if not lengths:
+                raise
+        if lengths:
+            if max(lengths) > NET_HDR_SIZE + longest:
+                self._truncated()  # the MTU has changed; what is longer than a view comes cut
+            room.commit_burst(lengths)
+        return len(lengths)
 
     def _refused(self, frame: Frame, error: OSError) -> None:
         """Counts a frame that the kernel did not take, or raises when no frame can be taken."""
@@ -328,6 +361,8 @@ class LinuxTap(Link):
             self.max_frame = MAX_FRAME
         else:
             self.max_frame = min(ETHER_HEADER + TAGS + self.mtu, MAX_FRAME)
+        for port in self.ports:
+            port.longest = self.max_frame
 
     def _flags(self) -> int:
         return int(IFREQ.unpack(self._ask(SIOCGIFFLAGS, lambda name: IFREQ.pack(name, 0)))[1])
