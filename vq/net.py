@@ -18,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain as joined
 from typing import Any, ClassVar, TypeVar
 
 from vq.abi import (
@@ -512,7 +513,7 @@ class NetDevice(Device):
                 self._port_broke(port_index, error)
             else:
                 self.stats["tx_frames"] += sent
-                self.stats["tx_bytes"] += sum(map(_length, frames[:sent])) - NET_HDR_SIZE * sent
+                self.stats["tx_bytes"] += _payload(frames[:sent])
                 return sent
         self.stats["tx_dropped: link gone"] += len(frames)
         return len(frames)
@@ -745,5 +746,6 @@ class NetDevice(Device):
         return self._holds(queue, ring) and (bool(chains) or ring.enable_kicks())
 
 
-def _length(frame: Frame) -> int:
-    return sum(map(len, frame))
+def _payload(frames: Sequence[Frame]) -> int:
+    """The bytes of frames without their net headers."""
+    return sum(map(len, joined.from_iterable(frames))) - NET_HDR_SIZE * len(frames)

@@ -72,12 +72,25 @@ class FrameMaker:
         frames, owners = burst.frames, burst.owners
         locked = self.locked_mac is not None
         responders = self._responders
+        as_it_is = not locked and not responders
         for chain in chains:
             pieces = chain.readable
             if chain.writable or not pieces:
                 _misfit(burst, queue, chain)
                 continue
             first = pieces[0]
+            if (
+                as_it_is
+                and len(first) > NET_HDR_SIZE
+                and not (first[0] or first[1])  # flags, gso_type: nothing is left undone
+            ):
+                frames.append(
+                    [PLAIN_HEADER, first[NET_HDR_SIZE:]]
+                    if len(pieces) == 1
+                    else [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
+                )
+                owners.append(chain)
+                continue
             # The header is copied before it is looked at: what is checked is what is used.
             if len(first) > NET_HDR_SIZE:
                 header = bytes(first[:NET_HDR_SIZE])
