@@ -20,6 +20,10 @@ __all__ = ["Loop", "Timer"]
 Callback = Callable[[], None]
 
 
+LINGER = 50e-6
+"""Seconds for which a loop that was busy looks for more before it sleeps."""
+
+
 class Timer:
     """A callback at a point in time; `cancel` before then makes it never happen."""
 
@@ -57,6 +61,7 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopping = False
+        self._busy = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -103,7 +108,7 @@ class Loop:
 
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: waits up to `timeout` seconds (None: for ever) and runs what is due."""
-        for key, events in self._selector.select(self._patience(timeout)):
+        for key, events in self._ready(self._patience(timeout)):
             # An earlier callback of this turn may have given the number to another descriptor.
             watch: _Watch = key.data
             if events & selectors.EVENT_READ and watch.readable and self._is_current(key.fd, watch):
@@ -134,6 +139,23 @@ class Loop:
         self._watches.clear()
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
+
+    def _ready(self, patience: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """What is ready, waiting for it up to `patience` seconds (None: for ever).
+
+        Where something has just been done the next thing is often not far: to look for it a little
+        while costs less than to fall asleep and be woken.
+        """
+        select = self._selector.select
+        if self._busy and (patience is None or patience > LINGER):
+            end = time.monotonic() + LINGER
+            while time.monotonic() < end:
+                ready = select(0)
+                if ready:
+                    return ready
+        ready = select(patience)
+        self._busy = bool(ready)
+        return ready
 
     def _is_current(self, fd: int, watch: _Watch) -> bool:
         return self._watches.get(fd) is watch
