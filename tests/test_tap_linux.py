@@ -842,3 +842,39 @@ def test_where_no_tap_is_known_the_error_says_which_are(monkeypatch: pytest.Monk
         monkeypatch.setattr(sys, "platform", system)
         with pytest.raises(UsageError, match="a tap has one queue"):
             open_tap("tap0", queues=2)
+
+
+class LendingRoom:
+    """Lends one small buffer for each of several frames, and none for frames one by one."""
+
+    def __init__(self, size: int) -> None:
+        self.buffers = [bytearray(size) for _ in range(8)]
+        self.lengths: list[int] = []
+
+    def lend_burst(self, limit: int, longest: int) -> list[memoryview]:
+        return [memoryview(buffer) for buffer in self.buffers[len(self.lengths) : limit]]
+
+    def commit_burst(self, lengths: list[int]) -> None:
+        self.lengths += lengths
+
+    def views(self) -> list[memoryview]:
+        return []
+
+    def commit(self, header: bytes, length: int) -> None:
+        raise AssertionError("no room was lent for it")
+
+
+def test_a_frame_longer_than_its_buffer_in_a_burst_is_dropped_and_not_handed_over_cut() -> None:
+    """When the host raised the MTU in the meantime. A datagram socket cuts as silently as a tap."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        near.setblocking(False)
+        told: list[bool] = []
+        port = tap_linux.LinuxTapPort(near.fileno(), lambda: told.append(True))
+        room = LendingRoom(100)
+        for size in (60, 100, 101, 70):
+            far.send(bytes(size))
+        assert port.read_burst(room, 8) == 2
+        assert room.lengths == [60, 100]
+        assert port.dropped == {"too long": 1} and told
+        assert port.read_burst(room, 8) == 1 and room.lengths == [60, 100, 70]

@@ -91,7 +91,8 @@ class FrameMaker:
                 )
                 owners.append(chain)
                 continue
-            # The header is copied before it is looked at: what is checked is what is used.
+            # The header is copied before it is looked at: what is checked is what is used. (Above
+            # nothing of it is used: the link gets a header of ours, which leaves nothing undone.)
             if len(first) > NET_HDR_SIZE:
                 header = bytes(first[:NET_HDR_SIZE])
                 frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]

@@ -175,12 +175,17 @@ class LinuxTapPort(Port):
         views = room.lend_burst(limit, longest)
         if not views:
             return 0
-        fd, readv = self._fd, os.readv
+        fd, readv, beyond = self._fd, os.readv, self._beyond
         lengths: list[int] = []
         append = lengths.append
         try:
             for view in views:
-                append(readv(fd, (view,)))
+                length = readv(fd, (view, beyond))
+                if length > len(view):  # cut; what was read before it is whole
+                    self.dropped["too long"] += 1
+                    self._truncated()
+                    break
+                append(length)
         except BlockingIOError:
             pass
         except OSError:
@@ -188,7 +193,7 @@ class LinuxTapPort(Port):
                 raise
         if lengths:
             if max(lengths) > NET_HDR_SIZE + longest:
-                self._truncated()  # the MTU has changed; what is longer than a view comes cut
+                self._truncated()  # the MTU has changed
             room.commit_burst(lengths)
         return len(lengths)
 
