@@ -13,9 +13,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from vq.errors import UsageError, VqError
+from vq.options import Parser
 
 __all__ = ["main"]
 
@@ -51,13 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for: that takes time, and an installed vq."""
 
@@ -70,7 +63,7 @@ class _Version(argparse.Action):
 
 def _parser(named: str | None) -> argparse.ArgumentParser:
     """The parser of the command line; of the commands only one that is named gets its options."""
-    parser = _Parser(prog="vq", description="Write virtio device models in Python and run them.")
+    parser = Parser(prog="vq", description="Write virtio device models in Python and run them.")
     parser.add_argument("--version", action=_Version, nargs=0, help="say which vq this is, and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
