@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 KINDS = {
     "net": ("vq.serve.net:NetKind", "a network device"),
+    "rng": ("vq.serve.rng:RngKind", "an entropy device"),
 }
 """For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""
 
@@ -36,7 +37,8 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the word for the device; the options behind it are the device's own to parse."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    words = "\n".join(f"  {word:<20}{summary}" for word, (_, summary) in KINDS.items())
+    words = "".join(f"  {word:<20}{summary}\n" for word, (_, summary) in KINDS.items())
+    words += "  MODULE:CLASS        a device model of your own"
     parser.epilog = f"devices:\n{words}\n\n`vq serve DEVICE --help` has the options of one."
     parser.add_argument("device", metavar="DEVICE", help="what to serve, one of those below")
     parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="its options")
@@ -82,11 +84,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
     """The kind of device that `word` stands for, and what its options say."""
-    if word not in KINDS:
-        raise UsageError(f"{word!r} is no device; the devices are {', '.join(KINDS)}")
-    place, summary = KINDS[word]
-    module, _, name = place.partition(":")
-    kind: Kind = getattr(importlib.import_module(module), name)()
+    if ":" in word:
+        from vq.serve.custom import CustomKind
+
+        kind: Kind = CustomKind(word)
+        summary = word
+    elif word in KINDS:
+        place, summary = KINDS[word]
+        module, _, name = place.partition(":")
+        kind = getattr(importlib.import_module(module), name)()
+    else:
+        devices = ", ".join(KINDS)
+        raise UsageError(f"{word!r} is no device; the devices are {devices} and MODULE:CLASS")
     parser = Parser(prog=f"vq serve {word}", description=f"Serve {summary} over vhost-user.")
     transport.add_arguments(parser)
     parser.add_argument(
