@@ -77,7 +77,7 @@ class Echo(Device):
             self.answer(chain)
         ring.write_used_burst(chains)
         self.publish(queue)
-        return bool(chains)
+        return bool(chains) or ring.enable_kicks()
 
     def answer(self, chain: Chain) -> None:
         data = b"".join(map(bytes, chain.readable))

@@ -22,7 +22,7 @@ from vq.net_driver import NetDriver
 from vq.testing import wiring
 from vq.testing.namespaces import Namespace
 from vq.testing.plugin import vq_via
-from vq.testing.served import ServeProcess, ServedDevices
+from vq.testing.served import ServedDevices, ServeProcess
 from vq.testing.wiring import WIRES, Wired
 
 Wire = Callable[..., Wired]
@@ -119,7 +119,7 @@ def test_a_device_that_does_not_answer_is_an_error_in_time(
 def test_a_device_that_needs_a_reset_is_an_error_with_its_reason(vq_wire: Wire) -> None:
     wired = vq_wire(EntropyDevice(source=lambda count: 1 // 0))
     wired.driver.probe()
-    with pytest.raises(DeviceError, match="needs a reset: .*by zero"):
+    with pytest.raises(DeviceError, match=r"needs a reset: .*by zero"):
         wired.request(0, room=10)
 
 
@@ -152,7 +152,7 @@ def test_a_program_that_serves_ends_with_the_test(vq_serve: Callable[..., ServeP
 
 
 def test_a_program_that_does_not_serve_says_why(vq_serve: Callable[..., ServeProcess]) -> None:
-    with pytest.raises(RuntimeError, match="does not serve: .*'nothing' is not a link"):
+    with pytest.raises(RuntimeError, match=r"does not serve: .*'nothing' is not a link"):
         vq_serve("net", "--link", "nothing")
 
 
