@@ -350,8 +350,9 @@ class Device(ABC):
         queue = self.queues[index]
         if queue.ring is None:
             return 0
-        self.queue_stopping(queue)
-        next_avail = queue.ring.next_avail
+        ring = queue.ring
+        self._run("queue_stopping", self.queue_stopping, queue)
+        next_avail = ring.next_avail
         queue.ring = None
         queue.enabled = False
         return next_avail
