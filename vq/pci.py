@@ -368,7 +368,7 @@ class PciFunction(PciRegisters):
     `config` is the configuration space; `bars` are what lies behind the base addresses, by number:
     0 the structures, 1 what MSI-X needs.
 
-    Raises `UsageError` for what cannot be: see `PciRegisters` and `MsixTable`.
+    Raises `UsageError` for a device type of 64 or more, and as `PciRegisters` and `MsixTable` do.
     """
 
     def __init__(
@@ -382,6 +382,8 @@ class PciFunction(PciRegisters):
         notify_off_multiplier: int = 4,
     ) -> None:
         device_id = device.device_id
+        if not 0 < device_id < 0x40:  # virtio 1.3, 4.1.2: from 0x1041 to 0x107f
+            raise UsageError(f"there is no PCI device ID for a device of type {device_id}")
         self.config = ConfigSpace(
             device.stats,
             vendor_id=PCI_VENDOR_ID,
