@@ -69,6 +69,8 @@ class Queue:
         self.ring: SplitRing | None = None
         self.enabled = False
         """Whether the device may work on the ring; a transport may pause a ring that it keeps."""
+        self.unfinished: Sequence[int] = ()
+        """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
 
 class Watch:
@@ -125,6 +127,8 @@ class Device(ABC):
     """
     on_watches_change: Callable[[], None] | None = None
     """The event loop's: there are new `watches`."""
+    on_call_soon: Callable[[Callable[[], None]], None] | None = None
+    """The event loop's: does something soon, in the device's thread. Any thread may call it."""
 
     def __init__(
         self,
@@ -285,13 +289,14 @@ class Device(ABC):
                 features=self._driver_features,
                 next_avail=next_avail,
                 next_used=next_used,
-                resubmit=resubmit,
+                resubmit=dict.fromkeys((*resubmit, *queue.unfinished)),
                 inflight_log=inflight_log,
                 name=queue.name,
             )
         except DriverError as error:
             self._driver_broke(error)
             return
+        queue.unfinished = ()
         queue.enabled = True
         self._run("queue_started", self.queue_started, queue)
 
@@ -356,6 +361,14 @@ class Device(ABC):
         queue.ring = None
         queue.enabled = False
         return next_avail
+
+    def drop_queue(self, index: int) -> None:
+        """Takes a queue's ring away for good: every chain of it is forgotten.
+
+        For transports where a driver can stop one queue (virtio-mmio's QueueReady); it may set it
+        up again, from the start.
+        """
+        self._drop_ring(self.queues[index])
 
     def ready_ring(self, queue: Queue) -> SplitRing | None:
         """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""
@@ -434,6 +447,7 @@ class Device(ABC):
 
     def _drop_ring(self, queue: Queue) -> None:
         queue.enabled = False
+        queue.unfinished = ()
         if queue.ring is not None:
             queue.ring = None
             self._run("queue_dropped", self.queue_dropped, queue)

@@ -94,7 +94,7 @@ class MmioRegisters(RegisterBlock, RegisterTransport):
         elif value or queue is None:
             ignore_access(self.stats, "not to be written", MmioRegister.QUEUE_READY, value)
         elif self._is_enabled(queue):
-            self.device.stop_queue(queue.index)
+            self.device.drop_queue(queue.index)
 
     def _notify(self, value: int) -> None:
         if self.device.has_feature(Feature.NOTIFICATION_DATA):
