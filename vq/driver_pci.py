@@ -69,6 +69,8 @@ class PciTransport(RegisterDriver):
         self.bars = bars
         self.bar_sizes = [0] * 6
         """In bytes; 0 for a BAR that is not there."""
+        self.bar_addresses = [0] * 6
+        """Where the driver has put each BAR: ports, or physical addresses."""
         vendor = config.read(PciRegister.VENDOR_ID, 2)
         device = config.read(PciRegister.DEVICE_ID, 2)
         if vendor != PCI_VENDOR_ID or not 0 < device - PCI_MODERN_DEVICE_ID < 0x40:
@@ -104,22 +106,26 @@ class PciTransport(RegisterDriver):
         config = self.config
         ports, addresses = _FIRST_PORT, _FIRST_ADDRESS
         command = config.read(PciRegister.COMMAND, 2)
-        for bar in range(6):
+        bar = 0
+        while bar < 6:
             register = PciRegister.BASE_ADDRESS_0 + 4 * bar
             config.write(register, 4, _WORD)
             mask = config.read(register, 4)
-            io = mask & 1
+            io, wide = mask & 1, mask & 7 == 4
             size = -(mask & (~0x3 if io else ~0xF)) & _WORD
-            if not size:
-                continue
             if size & (size - 1):
                 raise DeviceError(f"BAR {bar} has a size of {size:#x}")
-            place = ports if io else addresses
-            place = -(-place // size) * size
-            config.write(register, 4, place)
-            ports, addresses = (place + size, addresses) if io else (ports, place + size)
-            self.bar_sizes[bar] = size
-            command |= PciCommand.IO if io else PciCommand.MEMORY
+            if size:
+                place = ports if io else addresses
+                place = -(-place // size) * size
+                config.write(register, 4, place)
+                if wide:  # the upper half of 64 bits
+                    config.write(register + 4, 4, 0)
+                ports, addresses = (place + size, addresses) if io else (ports, place + size)
+                self.bar_sizes[bar] = size
+                self.bar_addresses[bar] = place
+                command |= PciCommand.IO if io else PciCommand.MEMORY
+            bar += 2 if wide else 1
         config.write(PciRegister.COMMAND, 2, command | PciCommand.MASTER)
 
     def _capabilities(self) -> Iterator[tuple[int, int]]:
