@@ -363,11 +363,20 @@ class Device(ABC):
         queue = self.queues[index]
         if queue.ring is None:
             return 0
-        self.queue_stopping(queue)
-        next_avail = queue.ring.next_avail
+        ring = queue.ring
+        self._run("queue_stopping", self.queue_stopping, queue)
+        next_avail = ring.next_avail
         queue.ring = None
         queue.enabled = False
         return next_avail
+
+    def drop_queue(self, index: int) -> None:
+        """Takes a queue's ring away for good: every chain of it is forgotten.
+
+        For transports where a driver can stop one queue (virtio-mmio's QueueReady); it may set it
+        up again, from the start.
+        """
+        self._drop_ring(self.queues[index])
 
     def ready_ring(self, queue: Queue) -> SplitRing | None:
         """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""
