@@ -25,8 +25,10 @@ LAYERS = (
     ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel"),
     ("net", "tap", "vhost_backend", "devices"),
     ("vhost_user",),
+    ("recording",),
     ("testing", "options"),
     ("loopback", "check", "bench", "serve"),
+    ("replay",),
     ("cli",),
     ("__main__",),
 )

@@ -16,7 +16,7 @@ import enum
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
@@ -115,6 +115,14 @@ class Device(ABC):
     """The names of the features of this device type."""
     feature_needs: ClassVar[Mapping[int, int]] = {}
     """For a feature's bit number, the set of features of which it needs at least one."""
+
+    from_outside: ClassVar[Collection[str]] = ()
+    """Names of queues whose answers come from outside, as what arrives at a console does.
+
+    They may have * and ?. A session that was recorded can only be replayed up to what comes there.
+    """
+    ring_class: Callable[..., SplitRing] = SplitRing
+    """What makes the rings: with a class derived from `SplitRing` one can listen in."""
 
     on_queue_call: Callable[[int], None] | None = None
     """The transport's: a used-buffer notification for the queue of this index."""
@@ -280,7 +288,7 @@ class Device(ABC):
                     queue=queue.name,
                     section="4.1.4.3.2",
                 )
-            queue.ring = SplitRing(
+            queue.ring = self.ring_class(
                 self.memory,
                 size,
                 desc,
