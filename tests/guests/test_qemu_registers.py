@@ -97,6 +97,7 @@ def test_the_driver_drives_qemus_mmio_device(microvm: Machine) -> None:
 
 
 def test_the_driver_drives_qemus_pci_device(pc: Machine) -> None:
+    PciConfigWindow(pc, SLOT).write(0x24, 4, 5)  # the upper half of where BAR 4 was
     transport = pci_transport(pc)
     assert transport.device_id == DeviceId.ENTROPY
     driver = Driver(transport, pc.memory, WANTED | RING_RESET, allocator=pc.allocator())
