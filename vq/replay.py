@@ -17,7 +17,7 @@ from vq import serve
 from vq.device import Device
 from vq.errors import UsageError
 from vq.recording.format import RecordingReader
-from vq.recording.replay import Difference, Replay
+from vq.recording.player import Difference, Replay
 from vq.recording.show import as_json, describe
 
 __all__ = ["add_arguments", "run"]

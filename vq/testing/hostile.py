@@ -448,7 +448,7 @@ def hostile_driver_battery(
     more: Iterable[Case] = (),
     vias: Sequence[str] = ("direct",),
 ) -> Callable[..., None]:
-    """A test for pytest, one for every case and wire, to be given a name that starts with test_.
+    """A test for pytest, one for every case and wire; its name has to start with ``test_``.
 
     `make_device` makes a new device; `exercise` is described above, and without it only the
     negotiation shows that the device lives on. `cases` are by default all of

@@ -1,4 +1,4 @@
-"""hypothesis strategies for tests of device models.
+"""hypothesis strategies for tests of device models::
 
     @given(driver_behaviours())
     def test_no_driver_harms_the_device(behaviour):
