@@ -30,7 +30,7 @@ CLINT, UART, VIRTIO = 0x0200_0000, 0x1000_0000, 0x1000_1000
 ECAM, ECAM_SIZE = 0x3000_0000, 1 << 20  # bus 0 alone
 PCI_MEMORY, PCI_MEMORY_SIZE = 0x4000_0000, 16 << 20
 MTIME, TICKS = 0xBFF8, 10_000_000
-PROMPT = b"=> "
+PROMPT = b"\n=> "
 PATIENCE = 60
 """Seconds for all that a test has U-Boot do."""
 
