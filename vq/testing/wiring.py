@@ -1,4 +1,4 @@
-"""A device wired to a scripted driver, in one process: by direct calls or over vhost-user.
+"""A device wired to a scripted driver, in one process: by direct calls, registers or vhost-user.
 
     with wire(MyDevice()) as wired:
         wired.driver.probe()
@@ -20,6 +20,7 @@ from vq.driver import DeviceError, Driver, GuestBuffer, Transport
 from vq.errors import UsageError
 from vq.loop import Loop
 from vq.memory import GuestMemory
+from vq.testing.transports import connect
 from vq.testing.vhost_frontend import VhostFrontend
 from vq.vhost_user import Connection, unwatch_device, watch_device
 
@@ -139,6 +140,7 @@ def _cut(start: int, length: int, piece: int | None) -> list[GuestBuffer]:
 # --- the wires -----------------------------------------------------------------------------------
 
 _Poll = Callable[[], object]
+_Opener = Callable[[Device, GuestMemory, Loop, ExitStack], tuple[Transport, _Poll]]
 
 
 def _nothing() -> None:
@@ -161,6 +163,18 @@ def _direct(
     return device, _nothing
 
 
+def _registers(via: str) -> _Opener:
+    """Registers between the two, on one of the buses of `vq.testing.transports`."""
+
+    def opener(
+        device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
+    ) -> tuple[Transport, _Poll]:
+        _direct(device, memory, loop, stack)
+        return connect(device, via), _nothing
+
+    return opener
+
+
 def _vhost_user(
     device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
 ) -> tuple[Transport, _Poll]:
@@ -181,8 +195,11 @@ def _vhost_user(
     return frontend, frontend.poll
 
 
-_OPENERS: dict[str, Callable[[Device, GuestMemory, Loop, ExitStack], tuple[Transport, _Poll]]] = {
+_OPENERS: dict[str, _Opener] = {
     "direct": _direct,
+    "mmio": _registers("mmio"),
+    "pci": _registers("pci"),
+    "pci-msix": _registers("pci-msix"),
     "vhost-user": _vhost_user,
 }
 WIRES = tuple(_OPENERS)
