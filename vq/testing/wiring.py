@@ -1,4 +1,4 @@
-"""A device wired to a scripted driver, in one process: by direct calls, registers or vhost-user.
+"""A device wired to a scripted driver in one process: by calls, registers or over vhost-user.
 
     with wire(MyDevice()) as wired:
         wired.driver.probe()
@@ -20,7 +20,7 @@ from vq.driver import DeviceError, Driver, GuestBuffer, Transport
 from vq.errors import UsageError
 from vq.loop import Loop
 from vq.memory import GuestMemory
-from vq.testing.transports import connect
+from vq.testing.transports import TRANSPORTS, connect
 from vq.testing.vhost_frontend import VhostFrontend
 from vq.vhost_user import Connection, unwatch_device, watch_device
 
@@ -29,6 +29,8 @@ __all__ = ["WIRES", "Wired", "wire"]
 MEMORY = ((0x1000, 0x100000), (0x40000000, 0x100000))
 """Where a guest's memory is by default, as ``(gpa, size)``: two regions with a hole between them,
 and none at 0."""
+WIRES = (*TRANSPORTS, "vhost-user")
+"""The ways to wire a driver to a device: those of `vq.testing.transports`, and a socket."""
 PATIENCE = 5.0
 """Seconds that a device has for an answer."""
 
@@ -113,6 +115,8 @@ def wire(
     most that it makes its queues. The device is the caller's, and is reset in the end; it must not
     be in use elsewhere. Raises `UsageError` for a wire that is not known.
     """
+    if via not in WIRES:
+        raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}")
     with ExitStack() as stack:
         if memory is None:
             memory = GuestMemory.allocate(*MEMORY)
@@ -121,11 +125,10 @@ def wire(
         stack.callback(loop.close)
         watch_device(device, loop)
         stack.callback(unwatch_device, device, loop)
-        try:
-            opener = _OPENERS[via]
-        except KeyError:
-            raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}") from None
-        transport, poll = opener(device, memory, loop, stack)
+        if via == "vhost-user":
+            transport, poll = _vhost_user(device, memory, loop, stack)
+        else:
+            transport, poll = _in_process(via, device, memory, stack)
         driver = Driver(transport, memory, features, queue_size=queue_size)
         yield Wired(device, memory, transport, driver, via, loop, poll)
 
@@ -140,17 +143,16 @@ def _cut(start: int, length: int, piece: int | None) -> list[GuestBuffer]:
 # --- the wires -----------------------------------------------------------------------------------
 
 _Poll = Callable[[], object]
-_Opener = Callable[[Device, GuestMemory, Loop, ExitStack], tuple[Transport, _Poll]]
 
 
 def _nothing() -> None:
     """Where calls come by themselves there is nothing to look for."""
 
 
-def _direct(
-    device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
+def _in_process(
+    via: str, device: Device, memory: GuestMemory, stack: ExitStack
 ) -> tuple[Transport, _Poll]:
-    """The driver calls the device's methods."""
+    """The driver calls the device's methods, or reads and writes registers in front of them."""
     before = device.memory
     device.memory = memory
 
@@ -160,19 +162,7 @@ def _direct(
         device.memory = before
 
     stack.callback(let_go)
-    return device, _nothing
-
-
-def _registers(via: str) -> _Opener:
-    """Registers between the two, on one of the buses of `vq.testing.transports`."""
-
-    def opener(
-        device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
-    ) -> tuple[Transport, _Poll]:
-        _direct(device, memory, loop, stack)
-        return connect(device, via), _nothing
-
-    return opener
+    return connect(device, via), _nothing
 
 
 def _vhost_user(
@@ -193,14 +183,3 @@ def _vhost_user(
     )
     stack.callback(frontend.close)
     return frontend, frontend.poll
-
-
-_OPENERS: dict[str, _Opener] = {
-    "direct": _direct,
-    "mmio": _registers("mmio"),
-    "pci": _registers("pci"),
-    "pci-msix": _registers("pci-msix"),
-    "vhost-user": _vhost_user,
-}
-WIRES = tuple(_OPENERS)
-"""The ways to wire a driver to a device."""
