@@ -399,6 +399,12 @@ def test_a_multiplier_that_cannot_be_is_refused(memory: GuestMemory, multiplier:
         PciRegisters(Echo(memory), notify_off_multiplier=multiplier)
 
 
+def test_there_are_never_more_vectors_than_msix_has(memory: GuestMemory) -> None:
+    machine = Machine(memory, queues=[("many", 4)] * 2100, msix=True)
+    assert machine.config.read(machine.capability(0x11) + 2, 2) == 2047
+    machine.bring_up()
+
+
 @pytest.mark.parametrize("vectors", [0, 2049, -1])
 def test_a_number_of_vectors_that_cannot_be_is_refused(memory: GuestMemory, vectors: int) -> None:
     with pytest.raises(UsageError, match="vectors"):
