@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import socket
 import struct
 import threading
 import time
@@ -23,8 +24,10 @@ from vq import cli
 from vq.abi import CtrlRx, DeviceId
 from vq.device import Device, Queue
 from vq.devices.entropy import EntropyDevice
+from vq.driver import Driver
 from vq.errors import CaptureError, UsageError
 from vq.link import Link, LoopbackLink
+from vq.loop import Loop
 from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.net import NetDevice
@@ -46,7 +49,9 @@ from vq.split_ring import SplitRing
 from vq.testing.hostile import Case, run_case
 from vq.testing.hostile_cases import CASES
 from vq.testing.recordings import assert_replays
+from vq.testing.vhost_frontend import VhostFrontend
 from vq.testing.wiring import WIRES, Wired, wire
+from vq.vhost_user import Connection, unwatch_device, watch_device
 
 HEADER = Header(device="m:D", device_id=4, queues=[("requests", 64)], features=1 << 32)
 
@@ -632,3 +637,84 @@ def test_the_command_says_what_is_wrong_with_its_use(
 
 def test_no_thread_is_left() -> None:
     assert not any("vq recording" in thread.name for thread in threading.enumerate())
+
+
+# --- over vhost-user, with what only that has ----------------------------------------------------
+
+
+class Keeper(Shouter):
+    """Keeps requests until the one that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Request] = []
+
+    def shout(self, requests: Sequence[Request]) -> None:
+        self.kept += requests
+        if any(bytes(request.reader.views()[0]) == b"all" for request in requests):
+            kept, self.kept = self.kept, []
+            for request in kept:
+                request.writer.write(b"DONE")
+                request.complete()
+
+    def queue_dropped(self, queue: Queue) -> None:
+        super().queue_dropped(queue)
+        self.kept = []
+
+    def queue_stopping(self, queue: Queue) -> None:
+        super().queue_stopping(queue)
+        self.kept = []
+
+
+def test_a_connection_that_is_lost_and_taken_up_again_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "session.vqrec"
+    device = Keeper()
+    loop = Loop()
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
+    with Recorder(device, path), GuestMemory.allocate((0x1000, 1 << 20)) as memory:
+        watch_device(device, loop)
+        connection = Connection(pairs[0][1], device, loop)
+        frontend = VhostFrontend(
+            pairs[0][0],
+            memory,
+            device_id=4,
+            queue_count=2,
+            queue_size=16,
+            idle=lambda: loop.run_once(0),
+        )
+        driver = Driver(frontend, memory, -1 & ~(1 << 35), queue_size=16)
+        driver.probe()
+
+        def send(text: bytes) -> None:
+            place = driver.allocator.allocate(32)
+            memory.write(place, text)
+            driver.queues[0].add([(place, len(text))], [(place + 16, 8)])
+            driver.kick(0)
+            for _ in range(5):
+                frontend.poll()
+
+        send(b"one")
+        send(b"two")
+        assert len(device.kept) == 2 and not driver.queues[0].collect()
+        frontend.disconnect()
+        loop.run_once(0)
+        assert connection.closed and not device.kept
+        connection = Connection(pairs[1][1], device, loop)
+        frontend.reconnect(pairs[1][0])
+        send(b"all")
+        assert [used.written for used in driver.queues[0].collect()] == [4, 4, 4]
+        frontend.close()
+        connection.close()
+        unwatch_device(device, loop)
+    device.close()
+    loop.close()
+    kinds = [event.kind for event in RecordingReader(path)]
+    assert kinds.count(Kind.MEMORY) == 2 and kinds.count(Kind.QUEUE_SETUP) == 4
+    assert_replays(path, Keeper())
+
+    class Loses(Keeper):
+        def shout(self, requests: Sequence[Request]) -> None:
+            super().shout([request for request in requests if request.serial == 3 or self.kept])
+
+    with pytest.raises(AssertionError, match="is not given back"):
+        assert_replays(path, Loses())

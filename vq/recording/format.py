@@ -18,7 +18,7 @@ bytes                 the strings, one after another
 ====================  ==========================================================================
 
 `Kind` says what the numbers and strings of each event are. A sample of bytes that are only compared
-is all of up to 256; of more, a digest of eight bytes (BLAKE2b) and the first 64. Writing is done by
+is all of up to 256; of more, four bytes of CRC-32 and the first 64. Writing is done by
 a thread; the one that records only puts events into its hands.
 """
 
