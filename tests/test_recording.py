@@ -478,6 +478,16 @@ def test_events_are_read_as_they_were_written(
     assert times == sorted(times)
 
 
+def test_a_recording_is_for_its_owners_eyes(recording: Path) -> None:
+    assert recording.stat().st_mode & 0o777 == 0o600
+
+
+def test_numbers_that_no_register_holds_are_cut_to_64_bits(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "r", HEADER) as writer:
+        writer.write(Kind.KICK, [-1, 1 << 64])
+    assert next(iter(RecordingReader(tmp_path / "r"))).numbers == ((1 << 64) - 1, 0)
+
+
 def test_the_file_in_golden_bytes(tmp_path: Path) -> None:
     path = tmp_path / "r"
     with RecordingWriter(path, HEADER) as writer:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.recording.format import Event, Kind, RecordingReader
 from vq.recording.link import RecordedLink, RecordedPort, SentFrame
+from vq.recording.recorder import HOST_METHODS
 from vq.recording.ring import Found, sample_of
 from vq.recording.sample import Sample
 from vq.split_ring import SplitRing
@@ -128,7 +130,7 @@ class _Queue:
         desc, avail, _ = self._places
         try:
             found.put(self._memory, self._size, desc, avail)
-        except UsageError as error:
+        except (UsageError, struct.error) as error:
             raise CaptureError(f"the recording is damaged: {error}") from None
         for chain in found.chains:
             self._writable.setdefault(chain.head, chain.writable())
@@ -441,8 +443,6 @@ class _Player:
         return _ReplayRing(queue, *places, **options)
 
     def _by_host(self, name: bytes, arguments: bytes) -> None:
-        from vq.recording.recorder import HOST_METHODS
-
         method = name.decode(errors="replace")
         if method not in HOST_METHODS or not hasattr(self._device, method):
             raise CaptureError(f"the recording is damaged: no host does {method}")
