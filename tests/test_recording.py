@@ -166,6 +166,42 @@ def test_in_what_bursts_chains_are_taken_is_the_devices_business(tmp_path: Path)
     assert_replays(path, Shouter())
 
 
+def test_a_chain_may_come_back_earlier_than_it_did(tmp_path: Path) -> None:
+    """A flush of a block device was done by a thread, and the driver kicked before it was done."""
+
+    class Late(Shouter):
+        kept: Sequence[Request] = ()
+
+        def shout(self, requests: Sequence[Request]) -> None:
+            self.kept = requests
+
+        def notify(self, index: int, /) -> None:
+            kept, self.kept = self.kept, ()
+            super().notify(index)
+            super().shout(kept)
+            self.flush()
+
+    def use(wired: Wired) -> None:
+        driver = wired.driver
+        driver.probe()
+        for _ in range(5):
+            place = driver.allocator.allocate(16)
+            wired.memory.write(place, b"text")
+            driver.queues[0].add([(place, 4)], [(place + 8, 4)])
+            driver.kick(0)
+            wired.transport.notify(0)
+            wired.turn()
+            assert len(driver.queues[0].collect()) == 1
+
+    path = tmp_path / "session.vqrec"
+    record(path, Late(), use)
+    assert_replays(path, Late())
+    assert_replays(path, Shouter())
+    record(path, Shouter(), use)
+    with pytest.raises(AssertionError, match="is not given back"):
+        assert_replays(path, Late())
+
+
 # --- otherwise -----------------------------------------------------------------------------------
 
 
