@@ -623,6 +623,21 @@ def test_a_recording_is_told_in_words(recording: Path) -> None:
     assert "reads config 0+4: 07 00 00 00" in text
 
 
+def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:
+    chains = [FoundChain(n, [(n, 0x1000, 100, 2, 0)], [], []) for n in (0, 1, 2, 5, 6)]
+    chains.append(FoundChain(7, [(7, 0x1000, 200, 2, 0)], [], []))
+    chains.append(FoundChain(8, [(8, 0x1000, 2, 0, 0)], [], [(0x1000, b"ab")]))
+    path = tmp_path / "r"
+    with RecordingWriter(path, HEADER) as writer:
+        writer.write(Kind.CHAINS, *Found(0, 7, 0, True, chains).event())
+    assert [line.strip() for line in describe(RecordingReader(path))][-4:] == [
+        "requests: 0 to 2 available, room for 100 each",
+        "requests: 5 to 6 available, room for 100 each",
+        "requests: 7 available, room for 200",
+        "requests: 8 available, 2 bytes: 61 62",
+    ]
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
