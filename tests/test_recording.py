@@ -202,6 +202,43 @@ def test_a_chain_may_come_back_earlier_than_it_did(tmp_path: Path) -> None:
         assert_replays(path, Late())
 
 
+def test_work_that_is_left_for_another_turn_is_done_in_that_turn(tmp_path: Path) -> None:
+    """A guest asked for offloads just when the device asked for kicks: that was the next turn's."""
+
+    class Slow(NetDevice):
+        """Whose guest is quick: a command is there when the device is done with the kick."""
+
+        def _control(self, queue: Queue, ring: SplitRing) -> bool:
+            if late:
+                assert not ring.pop_burst(64)
+                late.pop()()
+                return ring.enable_kicks()
+            return super()._control(queue, ring)
+
+    late: list[Callable[[], object]] = []
+    path = tmp_path / "net.vqrec"
+    device = Slow(LoopbackLink())
+    left: list[int] = []
+    with Recorder(device, path), GuestMemory.allocate((0x1000, 4 << 20)) as memory:
+        device.memory = memory
+        device.on_work_left = left.append
+        driver = Driver(device, memory, -1)
+        driver.probe()
+        place = driver.allocator.allocate(16)
+        memory.write(place, bytes((5, 0)) + bytes(8))  # 5.1.6.5.8: no offloads at all
+        ring = driver.queues[2]
+        ring.add([(place, 10)], [(place + 12, 1)])
+        late.append(ring.publish)
+        device.notify(2)
+        assert left == [2] and not ring.collect()
+        device.notify(2)
+        assert len(ring.collect()) == 1 and memory.read(place + 12, 1) == b"\0"
+        device.on_work_left = None
+        driver.close()
+        device.memory = None
+    assert_replays(path, NetDevice)
+
+
 # --- otherwise -----------------------------------------------------------------------------------
 
 
@@ -600,6 +637,7 @@ def test_chains_survive_the_way_into_an_event_and_back() -> None:
         7,
         5,
         True,
+        2,
         [
             FoundChain(3, [(3, 0x1000, 16, 4, 0)], [(0x1000, bytes(16))], [(0x2000, b"data")]),
             FoundChain(9, [], [], []),
@@ -629,7 +667,7 @@ def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:
     chains.append(FoundChain(8, [(8, 0x1000, 2, 0, 0)], [], [(0x1000, b"ab")]))
     path = tmp_path / "r"
     with RecordingWriter(path, HEADER) as writer:
-        writer.write(Kind.CHAINS, *Found(0, 7, 0, True, chains).event())
+        writer.write(Kind.CHAINS, *Found(0, 7, 0, True, 0, chains).event())
     assert [line.strip() for line in describe(RecordingReader(path))][-4:] == [
         "requests: 0 to 2 available, room for 100 each",
         "requests: 5 to 6 available, room for 100 each",

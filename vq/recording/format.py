@@ -98,11 +98,15 @@ class Kind(enum.IntEnum):
     HOST = 14
     """The host does something to the device [; the method's name, its arguments as JSON]."""
 
+    TURNS = 15
+    """Who runs the device comes back for work that is left after a turn [or does not, 0]."""
+
     CHAINS = 20
     """What the device finds available [queue, avail.idx, position of the first, whether they are in
-    the ring (else: to be taken again), how many; for each: head, descriptors, tables, buffers (how
-    many of each), for each descriptor its place, addr, len, flags, next, for each table its gpa,
-    for each buffer its gpa; the bytes of every table and every readable buffer]."""
+    the ring (else: to be taken again), how often it looked in vain before, how many; for each:
+    head, descriptors, tables, buffers (how many of each), for each descriptor its place, addr, len,
+    flags, next, for each table its gpa, for each buffer its gpa; the bytes of every table and every
+    readable buffer]."""
     WISH = 21
     """What the device finds when it asks whether to call [queue, avail.flags, used_event]."""
     LINK_INPUT = 22
@@ -194,6 +198,8 @@ class RecordingWriter:
         self, path: str | os.PathLike[str], header: Header, *, limit: int = 256 << 20
     ) -> None:
         self.ended: str | None = None
+        self.causes = 0
+        """How many there were so far."""
         self._limit = limit
         self._written = 0
         self._stored = 0  # by the thread: each of the two counts for itself
@@ -230,6 +236,7 @@ class RecordingWriter:
             self.write(Kind.END, [1])
             self.ended = f"it has reached {self._limit >> 20} MiB"
             return
+        self.causes += kind.is_cause
         self._events.append(event)
         while self._written - self._stored > _MOST_WAITING and self.ended is None:
             time.sleep(0.001)

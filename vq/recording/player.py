@@ -103,6 +103,7 @@ class _Queue:
         self.expected_calls = 0
         self.reveals: deque[Found] = deque()
         self.wishes: deque[tuple[int, int]] = deque()
+        self._misses = 0  # looks since the last find in this step
         self._taken = 0  # chains that came back in this step
         self._memory: GuestMemory | None = None
         self._places = (0, 0, 0)
@@ -121,9 +122,17 @@ class _Queue:
             memory.store16(used + 2, next_used)
 
     def reveal_next(self) -> None:
-        """Lets the device find what it found at its next look."""
+        """Lets the device find what it found at this look."""
         if self.reveals:
-            self._put(self.reveals.popleft())
+            if self.reveals[0].misses > self._misses:
+                self._misses += 1
+                return
+            self.reveal()
+
+    def reveal(self) -> None:
+        """Lets the device find the next that it found, whenever it looks."""
+        self._misses = 0
+        self._put(self.reveals.popleft())
 
     def _put(self, found: Found) -> None:
         if self._memory is None:
@@ -152,6 +161,11 @@ class _Queue:
         # By the length that it says, as in the recording.
         self.given[head].append(Given(head, written, Sample.unpack(written, data.pack())))
 
+    def missing(self) -> bool:
+        """Whether the device has not given back all that it gave back by now."""
+        wanted = Counter(given.head for given in self.expected)
+        return any(len(self.given[head]) < count for head, count in wanted.items())
+
     def differences(self) -> Iterator[str]:
         """What is different in this step, and forgets the step."""
         same = True
@@ -177,7 +191,7 @@ class _Queue:
                 ", which it was not" if self.calls else ", which it was"
             )
         self.expected.clear()
-        self.calls = self.expected_calls = self._taken = 0
+        self.calls = self.expected_calls = self._taken = self._misses = 0
 
     def surplus(self) -> Iterator[str]:
         """What was given back and never was in the recording."""
@@ -265,6 +279,7 @@ class _Player:
         self._loop = Loop()
         self._told_of_change = 0
         self._setting_up = self._queues[0] if self._queues else _Queue(0, "none", False)
+        self._work_left: set[int] = set()
         self._answer: int | None = None
         self._found: list[str] = []
         watch_device(device, self._loop)
@@ -276,7 +291,7 @@ class _Player:
         device = self._device
         unwatch_device(device, self._loop)
         device.reset()
-        device.on_queue_call = device.on_config_change = None
+        device.on_queue_call = device.on_config_change = device.on_work_left = None
         device.memory = None
         del device.ring_class
         for memory in self._memories:
@@ -405,6 +420,8 @@ class _Player:
                 if self._link is not None:
                     self._link.set_state(*numbers[:4])
                     _call(self._link.on_change)
+            case Kind.TURNS:
+                device.on_work_left = self._work_left.add if numbers[0] else None
             case Kind.HOST:
                 name, arguments = cause.strings
                 self._by_host(name, arguments)
@@ -443,7 +460,7 @@ class _Player:
     def _make_ring(self, *places: Any, **options: Any) -> SplitRing:
         queue = self._setting_up
         while queue.reveals and not queue.reveals[0].in_ring:
-            queue.reveal_next()  # what an earlier device had is there from the first
+            queue.reveal()  # what an earlier device had is there from the first
         return _ReplayRing(queue, *places, **options)
 
     def _by_host(self, name: bytes, arguments: bytes) -> None:
@@ -461,8 +478,15 @@ class _Player:
         for queue in self._queues:
             if queue.reveals:
                 while queue.reveals:
-                    queue.reveal_next()
+                    queue.reveal()
                 self._device.notify(queue.index)
+        # The next turn was a step of its own, unless the device took less at a time then.
+        for index in list(self._work_left):
+            queue = self._queue(index)
+            for _ in range(len(queue.expected)):
+                if queue.missing():
+                    self._device.notify(index)
+        self._work_left.clear()
         self._loop.run_once(0)
         if isinstance(self._device, DeviceModel):
             self._device.settle(_PATIENCE)

@@ -136,6 +136,8 @@ class _Words:
                 return f"the link's port {numbers[0]} takes frames again"
             case Kind.LINK_CHANGED:
                 return f"the link changed: {'up' if numbers[2] else 'down'}"
+            case Kind.TURNS:
+                return f"the device works {'in turns' if numbers[0] else 'until all is done'}"
             case Kind.HOST:
                 name, arguments = (text.decode(errors="replace") for text in event.strings)
                 return f"the host: {name}{arguments}"
