@@ -403,9 +403,18 @@ class Swaps(NetDevice):
         return super()._write(port_index, frames[::-1])  # type: ignore[arg-type]
 
 
+class Doubles(NetDevice):
+    """Sends the last frame of a burst twice."""
+
+    def _write(self, port_index: int, frames: Sequence[list[object]]) -> int:  # type: ignore[override]
+        super()._write(port_index, [*frames, frames[-1]])  # type: ignore[list-item]
+        return len(frames)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
+        (Doubles, "frame 0 of this step: 19 bytes, not 219"),
         (Corrupts, "the bytes behind the first 64"),
         (NoFilter, "control: the chain at 0: byte 0 of 1"),
         (Swaps, "frame 1 of this step: .* bytes, not"),
