@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from vq.errors import VqError
@@ -168,10 +168,11 @@ class UmlGuest(Guest):
     """User-Mode Linux.
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
-    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `arguments` go to the
-    kernel's command line, and `prefix` is a command that runs it (as `Namespace.argv` gives). The
-    guest is killed when it has not booted after `boot_timeout` seconds, and after `lifetime`
-    seconds in any case.
+    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
+    to load beside those for the network, and `programs` programs of this machine to bring along
+    with the packages that they are in; `arguments` go to the kernel's command line, and `prefix` is
+    a command that runs it (as `Namespace.argv` gives). The guest is killed when it has not booted
+    after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class UmlGuest(Guest):
         devices: Sequence[tuple[str | Path, int]] = (),
         *,
         mem: str = "128M",
+        load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 30,
@@ -189,9 +192,9 @@ class UmlGuest(Guest):
         self._initrd = shell_initramfs(
             release=release,
             modules_from=modules,
-            load=("virtio_net", "ipv6"),
+            load=("virtio_net", "ipv6", *load),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("tty1", 4, 1),
         )
         self._mem = mem
@@ -222,7 +225,7 @@ class QemuGuest(Guest):
 
     `sockets` are paths of vhost-user sockets on which a device listens. `queue_pairs` is the number
     that each card is created with, `cpus` that of the guest's processors. `card` adds properties to
-    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU. The rest is as with `UmlGuest`, but for
+    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance. The rest is as with `UmlGuest`, but for
     `moved_from`, which `move` uses.
     """
 
@@ -234,6 +237,8 @@ class QemuGuest(Guest):
         cpus: int = 1,
         queue_pairs: int = 1,
         card: str = "",
+        load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         boot_timeout: float = 90,
         lifetime: float = 900,
@@ -245,15 +250,17 @@ class QemuGuest(Guest):
             "cpus": cpus,
             "queue_pairs": queue_pairs,
             "card": card,
+            "load": load,
+            "programs": programs,
         }
         self._qemu = find_program("qemu-system-x86_64", package="qemu-system-x86")
         self._kernel = find_kernel()
         self._initrd = shell_initramfs(
             release=self._kernel.release,
             modules_from=self._kernel.modules,
-            load=("virtio_pci", "virtio_net", "ipv6"),
+            load=("virtio_pci", "virtio_net", "ipv6", *load),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("ttyS1", 4, 65),
         )
         self._mem, self._cpus = mem, cpus
@@ -354,8 +361,9 @@ class QemuGuest(Guest):
         return answer["return"]
 
 
-def _guest_programs() -> dict[str, str]:
-    return {name: find_program(name, package=package) for name, package in PROGRAMS.items()}
+def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
+    wanted = {**PROGRAMS, **more}
+    return {name: find_program(name, package=package) for name, package in wanted.items()}
 
 
 def _uml_modules() -> tuple[str, Path]:
