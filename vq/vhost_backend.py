@@ -671,6 +671,13 @@ class Backend:
                 # Whoever had the ring before took as many chains as it gave back and still had.
                 resubmit = [head for head in recovered if head < vring.size]
                 next_avail = next_used + len(resubmit) & 0xFFFF
+                if resubmit:
+                    log.info(
+                        "ring %d: %d requests that an earlier backend left undone are taken up",
+                        vring.index,
+                        len(resubmit),
+                    )
+                    device.stats["resubmitted"] += len(resubmit)
         device.setup_queue(
             vring.index,
             size=vring.size,

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
-from vq.abi import DeviceId
+from vq.abi import DeviceId, Feature
 from vq.abi_block import (
     BLK_ID_BYTES,
     BLK_RANGE,
@@ -31,6 +31,7 @@ from vq.abi_block import (
     BlkStatus,
     BlkType,
 )
+from vq.device import RING_FEATURES
 from vq.devices.block_image import Image
 from vq.model import DeviceModel
 from vq.packet import cut
@@ -93,6 +94,8 @@ class BlockDevice(DeviceModel):
         super().__init__(
             queues=[(f"requests{index}", queue_size, self._serve) for index in range(queues)],
             features=features,
+            # In order, one request that waits for the disk would keep all others waiting.
+            ring_features=RING_FEATURES & ~(1 << Feature.IN_ORDER),
             config=_config(image, queues, queue_size),
         )
         self._image = image

@@ -225,8 +225,8 @@ class QemuGuest(Guest):
 
     `sockets` are paths of vhost-user sockets on which a device listens. `queue_pairs` is the number
     that each card is created with, `cpus` that of the guest's processors. `card` adds properties to
-    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance. The rest is as with `UmlGuest`, but for
-    `moved_from`, which `move` uses.
+    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance. The rest is as
+    with `UmlGuest`, but for `moved_from`, which `move` uses.
     """
 
     def __init__(
