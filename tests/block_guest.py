@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vq.driver import Driver, Transport
@@ -31,7 +32,8 @@ class Answer(NamedTuple):
     written: int
 
 
-class Sent(NamedTuple):
+@dataclass(eq=False)
+class Sent:
     """A request in flight."""
 
     readable: list[tuple[int, int]]
@@ -85,7 +87,8 @@ class BlockGuest:
         writable_cuts: Sequence[int] | None = None,
         queue: int = 0,
         kick: bool = True,
-    ) -> None:
+    ) -> Sent:
+        """Puts a request in a queue; its parts go into buffers of the sizes that are given."""
         readable = (struct.pack("<IIQ", kind, 0, sector) if header is None else header) + data
         total = room + status
         into = self.buffers(total, (room,) if writable_cuts is None else writable_cuts)
@@ -96,11 +99,17 @@ class BlockGuest:
             position += size
         for gpa, size in into:
             self.memory.write(gpa, bytes([UNTOUCHED]) * (size + 1))
-        self.driver.queues[queue].add(out, into, token=Sent(out, into))
+        sent = Sent(out, into)
+        self.driver.queues[queue].add(out, into, token=sent)
         if kick:
             self.driver.kick(queue)
+        return sent
 
     def answers(self, queue: int = 0) -> list[Answer]:
+        return [answer for _, answer in self.answered(queue)]
+
+    def answered(self, queue: int = 0) -> list[tuple[Sent, Answer]]:
+        """The requests that came back, in the order in which they did."""
         found = []
         for used in self.driver.queues[queue].collect():
             sent: Sent = used.token
@@ -110,7 +119,7 @@ class BlockGuest:
             for gpa, _ in (*sent.readable, *sent.writable):
                 self.driver.allocator.free(gpa)
             status = data[-1] if data else None
-            found.append(Answer(status, data[:-1], used.written))
+            found.append((sent, Answer(status, data[:-1], used.written)))
         return found
 
     def ask(self, kind: int, sector: int = 0, data: bytes = b"", **how: object) -> Answer:

@@ -470,27 +470,6 @@ def test_without_a_cache_discards_and_zeroes_are_on_the_disk_too(
     assert order[-1] == "sync"
 
 
-def test_one_sync_does_for_all_flushes_that_came_before_it(
-    disk: MakeDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = disk()
-    syncs: list[float] = []
-    sync = os.fdatasync
-
-    def slow(fd: int) -> None:
-        syncs.append(time.monotonic())
-        time.sleep(0.05)
-        sync(fd)
-
-    monkeypatch.setattr(os, "fdatasync", slow)
-    for _ in range(12):
-        made.guest.send(FLUSH, kick=False)
-    made.guest.driver.kick(0)
-    made.settle()
-    assert [answer.status for answer in made.guest.answers()] == [OK] * 12
-    assert len(syncs) <= 3
-
-
 # --- waiting -------------------------------------------------------------------------------------
 
 
