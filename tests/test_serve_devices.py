@@ -163,11 +163,14 @@ def test_statistics_say_what_was_done(serve: Serve, plug: Plug, image: Path) -> 
     ("words", "complaint"),
     [
         ([], "the following arguments are required: --image/--blk-file"),
-        (["--image=nothing"], "[Errno 2] No such file or directory: 'nothing'"),
+        (["--image=nothing"], "nothing: No such file or directory"),
         (["--image=."], ". is neither a file nor a block device"),
         (["--image=image", "--queues=0"], "--queues 0: there can be 1 to 256"),
         (["--image=image", "--queues=1000"], "--queues 1000: there can be 1 to 256"),
-        (["--image=image", "--queue-size=2"], "--queue-size 2: a request takes up to 4 descriptors"),
+        (
+            ["--image=image", "--queue-size=2"],
+            "--queue-size 2: a request takes up to 4 descriptors",
+        ),
         (["--image=image", "--serial=" + "x" * 21], "--serial: up to 20 characters of ASCII"),
         (["--image=image", "--serial=ä"], "--serial: up to 20 characters of ASCII"),
         (["--image=image", "--block-size=1000"], "argument --block-size: invalid choice"),
