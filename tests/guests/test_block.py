@@ -6,18 +6,17 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vq.testing.guest import Guest, QemuGuest, UmlGuest
 from vq.testing.requirements import or_skip
-
-from .conftest import Served, assert_well, wait_until
+from vq.testing.served import ServeProcess, assert_well, wait_until
 
 SIZE = 64 << 20
 TOOLS = {
@@ -29,7 +28,7 @@ TOOLS = {
 FIO = {"fio": "fio"}
 
 
-class ServedDisk(Served):
+class ServedDisk(ServeProcess):
     """``vq serve blk`` with an image."""
 
     def __init__(self, directory: Path, *options: str, size: int = SIZE) -> None:
@@ -37,17 +36,19 @@ class ServedDisk(Served):
         if not self.image.exists():
             self.image.touch()
             os.truncate(self.image, size)
-        self.sockets = [str(directory / "disk.sock")]
-        self._argv = [sys.executable, "-m", "vq", "serve", "blk", "--stats=json"]
-        self._argv += [f"--socket={self.sockets[0]}", f"--image={self.image}", *options]
-        self._output = directory / "disk.served"
-        self._before = ""
-        self.start()
+        super().__init__(directory, "blk", f"--image={self.image}", *options)
 
     @property
     def allocated(self) -> int:
         """Bytes that the image takes up on the host."""
         return self.image.stat().st_blocks * 512
+
+    def resize(self, size: int) -> None:
+        """Changes the image's size, and tells the program."""
+        os.truncate(self.image, size)
+        for process in psutil.Process().children(recursive=True):
+            if f"--image={self.image}" in process.cmdline() and "python" in process.name():
+                process.send_signal(signal.SIGHUP)
 
 
 Serve = Callable[..., ServedDisk]
@@ -72,7 +73,7 @@ def serve(stack: ExitStack, tmp_path: Path) -> Serve:
 
 def boot_uml(stack: ExitStack, served: ServedDisk) -> Guest:
     with or_skip():
-        guest = UmlGuest([(served.sockets[0], 2)], load=["virtio_blk"], programs=TOOLS)
+        guest = UmlGuest([(served.sockets[0], 2)], programs=TOOLS)
     return stack.enter_context(guest)
 
 
@@ -147,12 +148,10 @@ def test_a_read_only_disk_cannot_be_written_to(serve: Serve, boot: Boot, tmp_pat
     assert_well(guest, served)
 
 
-def test_the_guest_sees_a_disk_grow(serve: Serve, stack: ExitStack) -> None:
-    """With QEMU: User-Mode Linux does not hear of a changed configuration in this setting."""
+def test_the_guest_sees_a_disk_grow(serve: Serve, boot: Boot) -> None:
     served = serve()
-    guest = boot_qemu(stack, served)
-    os.truncate(served.image, 2 * SIZE)
-    served._process.send_signal(signal.SIGHUP)
+    guest = boot(served)
+    served.resize(2 * SIZE)
     wait_until(
         lambda: int(guest.output("cat /sys/block/vda/size")) == 2 * SIZE // 512, "a larger disk"
     )
