@@ -221,7 +221,7 @@ def test_a_flush_begins_after_those_who_wait_for_it_came(
 @pytest.fixture(params=[512, 4096])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A block device of four megabytes, with sectors of this size."""
-    losetup = need_program("losetup", package="util-linux")
+    losetup = need_program("losetup", package="mount")
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("this kernel has no loop devices for us")
     file = tmp_path / "disk"

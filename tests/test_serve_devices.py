@@ -297,7 +297,7 @@ def draw(plugged: Plugged, driver: Driver, count: int) -> bytes:
 
 
 def test_entropy_passes_the_tests_for_random_numbers(serve: Serve, plug: Plug) -> None:
-    rngtest = need_program("rngtest", package="rng-tools")
+    rngtest = need_program("rngtest", package="rng-tools-debian")
     served = serve("rng")
     plugged = plug(served, DeviceId.ENTROPY)
     driver = Driver(plugged.frontend, plugged.memory, 0)

@@ -26,7 +26,7 @@ def test_the_guests_random_numbers_pass_their_test(
     with ServeProcess(tmp_path, kind) as served, or_skip():
         guest = QemuGuest(
             load=["virtio_rng"],
-            programs={"rngtest": "rng-tools"},
+            programs={"rngtest": "rng-tools-debian"},
             arguments=[
                 *("-chardev", f"socket,id=rng,path={served.sockets[0]}"),
                 *("-device", "vhost-user-rng-pci,chardev=rng,vectors=0"),
