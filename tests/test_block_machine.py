@@ -129,7 +129,6 @@ class DiskMachine(RuleBasedStateMachine):
         size = count * SECTOR
         good = self.fits(sector, count)
         data = bytes(self.model[sector * SECTOR :][:size]) if good else bytes(size)
-        self.busy |= touched
         self.send(
             IN,
             sector,
@@ -140,6 +139,7 @@ class DiskMachine(RuleBasedStateMachine):
             queue=queue,
             kick=kick,
         )
+        self.busy |= touched
 
     @rule(
         sector=places,
@@ -158,8 +158,6 @@ class DiskMachine(RuleBasedStateMachine):
         good = self.fits(sector, count)
         if good:
             self.model[sector * SECTOR : (sector + count) * SECTOR] = data
-        self.busy |= touched
-        self.written |= touched
         self.send(
             OUT,
             sector,
@@ -169,6 +167,8 @@ class DiskMachine(RuleBasedStateMachine):
             queue=queue,
             kick=kick,
         )
+        self.busy |= touched
+        self.written |= touched
 
     @rule(
         ranges=st.lists(st.tuples(places, counts), min_size=1, max_size=3),
