@@ -127,7 +127,7 @@ def test_a_file_system_is_made_used_trimmed_and_found_clean(
 
 
 def test_a_write_through_disk_has_every_write_on_the_host_disk(serve: Serve, boot: Boot) -> None:
-    served = serve()
+    served = serve("--verbose")
     guest = boot(served)
     guest.output("echo write through >/sys/block/vda/cache_type")
     assert guest.output("cat /sys/block/vda/cache_type") == "write through\n"

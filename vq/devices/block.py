@@ -302,7 +302,7 @@ class BlockDevice(DeviceModel):
         """See `DeviceModel`."""
         if not self.has_feature(BlkFeature.CONFIG_WCE):
             self.features_negotiated(self.driver_features)
-        log.info("the guest's writes go %s", "to a cache" if self.write_back else "to the disk")
+        log.debug("the guest's writes go %s", "to a cache" if self.write_back else "to the disk")
 
     def device_reset(self) -> None:
         """See `Device`. The image's length is not the driver's to reset."""
