@@ -7,6 +7,7 @@ import functools
 import os
 import random
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ from vq.devices.block import BlockDevice
 from vq.devices.block_image import Image
 from vq.loop import Loop
 from vq.memory import GuestMemory
+from vq.testing.requirements import need_linux, need_program, need_root
 from vq.vhost_user import unwatch_device, watch_device
 
 MEGABYTE = 1 << 20
@@ -366,6 +368,37 @@ def test_what_the_system_refuses_is_an_error_and_told_once(
     assert caplog.text.count("No space left on device") == 1
     assert made.device.stats["io_errors"] == 3
     made.guest.write(0, bytes(SECTOR))
+
+
+def test_a_full_disk_of_the_hosts_is_an_error_until_there_is_room_again(tmp_path: Path) -> None:
+    """On a tmpfs, where reads cannot be asked not to wait either."""
+    need_linux()
+    need_root()
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = need_program("mount")
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "small", place], capture_output=True, timeout=20
+    )
+    if done.returncode:
+        pytest.skip("this kernel has no mounts for us")
+    path = place / "image"
+    path.touch()
+    os.truncate(path, 2 * MEGABYTE)  # more than there is room for
+    made = Disk(path)
+    try:
+        half = pattern(MEGABYTE // 2)
+        for sector in (0, LAST // 2):
+            made.guest.write(sector, half)
+        assert made.guest.ask(OUT, LAST, half).status == IOERR
+        assert made.guest.read(LAST // 2, LAST // 2) == half
+        assert made.guest.ask(DISCARD, 0, a_range(0, LAST // 2)).status == OK
+        made.guest.write(LAST, half)
+        assert made.guest.read(LAST, LAST // 2) == half
+        assert made.device.stats["io_errors"] == 1
+    finally:
+        made.close()
+        subprocess.run([need_program("umount", package="mount"), place], timeout=20, check=True)
 
 
 def test_an_image_that_became_shorter_gives_errors_and_zeros(disk: MakeDisk) -> None:
