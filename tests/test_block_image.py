@@ -116,7 +116,9 @@ pieces = st.lists(st.integers(1, 9000), max_size=40)
 
 @pytest.mark.parametrize("direct", [False, True])
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(cuts=pieces, start=st.integers(0, 20), skew=st.integers(0, 600))
 def test_bytes_go_between_the_file_and_buffers_of_any_shape(
