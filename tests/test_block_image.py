@@ -262,6 +262,15 @@ def test_a_disk_is_an_image(disk: str, direct: bool, request: pytest.FixtureRequ
         image.discard(12288, 4096)
         image.read(4096, [odd])
         assert odd[:8192] == data[:4096] + bytes(4096)
+        # Less than a sector of the disk's, as guests may ask for that do not read past the cache.
+        for number, deallocate in enumerate((False, True)):
+            place = slice(number * 2048 + image.block_size, number * 2048 + 2 * image.block_size)
+            if image.block_size < 4096:
+                image.write_zeroes(4096 + place.start, image.block_size, deallocate=deallocate)
+                image.discard(4096 + place.start, image.block_size)
+                image.read(4096, [odd])
+                assert not any(odd[place])
+                assert any(odd[place.stop : place.stop + 512])
     finally:
         image.close()
 

@@ -261,10 +261,11 @@ def _copies(views: Views) -> Iterator[tuple[int, memoryview]]:
 
 @contextmanager
 def _unless_unsupported() -> Iterator[None]:
+    """EINVAL is what a disk says of a range that is no multiple of its own sectors."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in (*_UNSUPPORTED, errno.EINVAL):
             raise
 
 
