@@ -553,6 +553,7 @@ def test_a_slow_write_sends_the_next_ones_to_threads(
         return write(*args)
 
     monkeypatch.setattr(os, "pwritev", slow)
+    monkeypatch.setattr(block, "SLOW_FOR", 100.0)
     for sector in range(3):
         made.guest.write(sector, bytes(SECTOR))
     assert threads == [False, True, True]

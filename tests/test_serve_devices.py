@@ -20,6 +20,7 @@ from vq.abi import DeviceId
 from vq.cli import main
 from vq.driver import Driver
 from vq.memory import GuestMemory
+from vq.serve.blk import BlkKind
 from vq.testing.requirements import need_program
 from vq.testing.vhost_frontend import VhostFrontend
 
@@ -146,17 +147,26 @@ def test_a_hangup_has_the_size_looked_at(serve: Serve, plug: Plug, image: Path) 
 
 
 def test_statistics_say_what_was_done(serve: Serve, plug: Plug, image: Path) -> None:
-    served = serve("blk", "--image", str(image), "--stats")
+    served = serve("blk", "--image", str(image), "--stats=json")
     guest = plug(served, DeviceId.BLOCK).disk()
     guest.write(0, bytes(8 * SECTOR))
     guest.read(0, 4)
     guest.ask(FLUSH)
     guest.ask(IN, SIZE, room=SECTOR)
-    eventually(lambda: served.out.read_text().count("\n") >= 2, "two lines")
+
+    def total() -> dict[str, int]:
+        lines = served.out.read_text().split("\n")[:-1]
+        return json.loads(lines[-1])["total"] if lines else {}
+
+    eventually(lambda: total().get("refused_ioerr") == 1, "a line with all of it")
+    assert {"write": 1, "write_bytes": 4096, "read": 1, "flush": 1}.items() <= total().items()
     served.stop()
-    text = served.out.read_text()
-    assert "read 1 (0.0 MB)   write 1 (0.0 MB)   flush 1   refused_ioerr 1\n" in text
-    assert "idle\n" in text
+
+
+def test_statistics_for_people_leave_out_what_was_not() -> None:
+    new = {"read": 3, "read_bytes": 2_000_000, "flush": 1, "write": 0, "refused_ioerr": 2}
+    assert BlkKind().statistics(new) == "read 3 (2.0 MB)   flush 1   refused_ioerr 2"
+    assert BlkKind().statistics({}) == "idle"
 
 
 @pytest.mark.parametrize(

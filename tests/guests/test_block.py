@@ -194,11 +194,11 @@ def test_fio_finds_every_byte_although_the_backend_is_killed_again_and_again(
     )
     guest.output(f"(fio {words} >report 2>&1; echo $? >status) &")
     for _ in range(kills):
-        wait_until(lambda: served.count("write") > 100, "load")
+        wait_until(lambda: served.count("write") > 100, "load", 60)
         time.sleep(chance.random() * 0.5)
         served.kill()
         served.start()
-    wait_until(lambda: served.count("write") > 100, "load")
+    wait_until(lambda: served.count("write") > 100, "load", 60)
     guest.output("kill -INT $(pidof fio | tr ' ' '\\n' | sort -n | head -1)")
     wait_until(lambda: guest.run("test -s status").status == 0, "the end of fio", 60)
     report = guest.output("cat report")

@@ -50,7 +50,9 @@ THREADS = 16
 AT_ONCE = 1 << 20
 """Bytes of a request that is not left to a thread, at most."""
 SLOW = 0.005
-"""Seconds after which a write was slow; for a second then writes are left to threads."""
+"""Seconds after which something that was done at once was slow."""
+SLOW_FOR = 1.0
+"""Seconds for which the like is left to threads then."""
 RANGES = 16
 """Ranges in one request to discard or to write zeroes to, at most."""
 MOST_DISCARDED = (4 << 30) // SECTOR
@@ -265,7 +267,7 @@ class BlockDevice(DeviceModel):
         transfer(offset, views)
         ended = time.monotonic()
         if ended - begun > SLOW:
-            self._slow_until = ended + 1.0
+            self._slow_until = ended + SLOW_FOR
         return True
 
     def _for_each(
