@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import socket
 import struct
 import threading
 import time
@@ -23,8 +24,10 @@ from vq import cli
 from vq.abi import CtrlRx, DeviceId
 from vq.device import Device, Queue
 from vq.devices.entropy import EntropyDevice
+from vq.driver import Driver
 from vq.errors import CaptureError, UsageError
 from vq.link import Link, LoopbackLink
+from vq.loop import Loop
 from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.net import NetDevice
@@ -46,7 +49,9 @@ from vq.split_ring import SplitRing
 from vq.testing.hostile import Case, run_case
 from vq.testing.hostile_cases import CASES
 from vq.testing.recordings import assert_replays
+from vq.testing.vhost_frontend import VhostFrontend
 from vq.testing.wiring import WIRES, Wired, wire
+from vq.vhost_user import Connection, unwatch_device, watch_device
 
 HEADER = Header(device="m:D", device_id=4, queues=[("requests", 64)], features=1 << 32)
 
@@ -159,6 +164,79 @@ def test_in_what_bursts_chains_are_taken_is_the_devices_business(tmp_path: Path)
     assert_replays(path, OneByOne())
     record(path, OneByOne(), many)
     assert_replays(path, Shouter())
+
+
+def test_a_chain_may_come_back_earlier_than_it_did(tmp_path: Path) -> None:
+    """A flush of a block device was done by a thread, and the driver kicked before it was done."""
+
+    class Late(Shouter):
+        kept: Sequence[Request] = ()
+
+        def shout(self, requests: Sequence[Request]) -> None:
+            self.kept = requests
+
+        def notify(self, index: int, /) -> None:
+            kept, self.kept = self.kept, ()
+            super().notify(index)
+            super().shout(kept)
+            self.flush()
+
+    def use(wired: Wired) -> None:
+        driver = wired.driver
+        driver.probe()
+        for _ in range(5):
+            place = driver.allocator.allocate(16)
+            wired.memory.write(place, b"text")
+            driver.queues[0].add([(place, 4)], [(place + 8, 4)])
+            driver.kick(0)
+            wired.transport.notify(0)
+            wired.turn()
+            assert len(driver.queues[0].collect()) == 1
+
+    path = tmp_path / "session.vqrec"
+    record(path, Late(), use)
+    assert_replays(path, Late())
+    assert_replays(path, Shouter())
+    record(path, Shouter(), use)
+    with pytest.raises(AssertionError, match="is not given back"):
+        assert_replays(path, Late())
+
+
+def test_work_that_is_left_for_another_turn_is_done_in_that_turn(tmp_path: Path) -> None:
+    """A guest asked for offloads just when the device asked for kicks: that was the next turn's."""
+
+    class Slow(NetDevice):
+        """Whose guest is quick: a command is there when the device is done with the kick."""
+
+        def _control(self, queue: Queue, ring: SplitRing) -> bool:
+            if late:
+                assert not ring.pop_burst(64)
+                late.pop()()
+                return ring.enable_kicks()
+            return super()._control(queue, ring)
+
+    late: list[Callable[[], object]] = []
+    path = tmp_path / "net.vqrec"
+    device = Slow(LoopbackLink())
+    left: list[int] = []
+    with Recorder(device, path), GuestMemory.allocate((0x1000, 4 << 20)) as memory:
+        device.memory = memory
+        device.on_work_left = left.append
+        driver = Driver(device, memory, -1)
+        driver.probe()
+        place = driver.allocator.allocate(16)
+        memory.write(place, bytes((5, 0)) + bytes(8))  # 5.1.6.5.8: no offloads at all
+        ring = driver.queues[2]
+        ring.add([(place, 10)], [(place + 12, 1)])
+        late.append(ring.publish)
+        device.notify(2)
+        assert left == [2] and not ring.collect()
+        device.notify(2)
+        assert len(ring.collect()) == 1 and memory.read(place + 12, 1) == b"\0"
+        device.on_work_left = None
+        driver.close()
+        device.memory = None
+    assert_replays(path, NetDevice)
 
 
 # --- otherwise -----------------------------------------------------------------------------------
@@ -325,9 +403,18 @@ class Swaps(NetDevice):
         return super()._write(port_index, frames[::-1])  # type: ignore[arg-type]
 
 
+class Doubles(NetDevice):
+    """Sends the last frame of a burst twice."""
+
+    def _write(self, port_index: int, frames: Sequence[list[object]]) -> int:  # type: ignore[override]
+        super()._write(port_index, [*frames, frames[-1]])  # type: ignore[list-item]
+        return len(frames)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
+        (Doubles, "frame 0 of this step: 19 bytes, not 219"),
         (Corrupts, "the bytes behind the first 64"),
         (NoFilter, "control: the chain at 0: byte 0 of 1"),
         (Swaps, "frame 1 of this step: .* bytes, not"),
@@ -473,6 +560,16 @@ def test_events_are_read_as_they_were_written(
     assert times == sorted(times)
 
 
+def test_a_recording_is_for_its_owners_eyes(recording: Path) -> None:
+    assert recording.stat().st_mode & 0o777 == 0o600
+
+
+def test_numbers_that_no_register_holds_are_cut_to_64_bits(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "r", HEADER) as writer:
+        writer.write(Kind.KICK, [-1, 1 << 64])
+    assert next(iter(RecordingReader(tmp_path / "r"))).numbers == ((1 << 64) - 1, 0)
+
+
 def test_the_file_in_golden_bytes(tmp_path: Path) -> None:
     path = tmp_path / "r"
     with RecordingWriter(path, HEADER) as writer:
@@ -549,6 +646,7 @@ def test_chains_survive_the_way_into_an_event_and_back() -> None:
         7,
         5,
         True,
+        2,
         [
             FoundChain(3, [(3, 0x1000, 16, 4, 0)], [(0x1000, bytes(16))], [(0x2000, b"data")]),
             FoundChain(9, [], [], []),
@@ -570,6 +668,21 @@ def test_a_recording_is_told_in_words(recording: Path) -> None:
     assert "requests: 0 available, 8 bytes: 6e 75 6d 62 65 72 20 30, room for 20" in text
     assert "requests: 0 given back, 8 bytes written: 4e 55 4d 42 45 52 20 30" in text
     assert "reads config 0+4: 07 00 00 00" in text
+
+
+def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:
+    chains = [FoundChain(n, [(n, 0x1000, 100, 2, 0)], [], []) for n in (0, 1, 2, 5, 6)]
+    chains.append(FoundChain(7, [(7, 0x1000, 200, 2, 0)], [], []))
+    chains.append(FoundChain(8, [(8, 0x1000, 2, 0, 0)], [], [(0x1000, b"ab")]))
+    path = tmp_path / "r"
+    with RecordingWriter(path, HEADER) as writer:
+        writer.write(Kind.CHAINS, *Found(0, 7, 0, True, 0, chains).event())
+    assert [line.strip() for line in describe(RecordingReader(path))][-4:] == [
+        "requests: 0 to 2 available, room for 100 each",
+        "requests: 5 to 6 available, room for 100 each",
+        "requests: 7 available, room for 200",
+        "requests: 8 available, 2 bytes: 61 62",
+    ]
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -632,3 +745,84 @@ def test_the_command_says_what_is_wrong_with_its_use(
 
 def test_no_thread_is_left() -> None:
     assert not any("vq recording" in thread.name for thread in threading.enumerate())
+
+
+# --- over vhost-user, with what only that has ----------------------------------------------------
+
+
+class Keeper(Shouter):
+    """Keeps requests until the one that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Request] = []
+
+    def shout(self, requests: Sequence[Request]) -> None:
+        self.kept += requests
+        if any(bytes(request.reader.views()[0]) == b"all" for request in requests):
+            kept, self.kept = self.kept, []
+            for request in kept:
+                request.writer.write(b"DONE")
+                request.complete()
+
+    def queue_dropped(self, queue: Queue) -> None:
+        super().queue_dropped(queue)
+        self.kept = []
+
+    def queue_stopping(self, queue: Queue) -> None:
+        super().queue_stopping(queue)
+        self.kept = []
+
+
+def test_a_connection_that_is_lost_and_taken_up_again_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "session.vqrec"
+    device = Keeper()
+    loop = Loop()
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
+    with Recorder(device, path), GuestMemory.allocate((0x1000, 1 << 20)) as memory:
+        watch_device(device, loop)
+        connection = Connection(pairs[0][1], device, loop)
+        frontend = VhostFrontend(
+            pairs[0][0],
+            memory,
+            device_id=4,
+            queue_count=2,
+            queue_size=16,
+            idle=lambda: loop.run_once(0),
+        )
+        driver = Driver(frontend, memory, -1 & ~(1 << 35), queue_size=16)
+        driver.probe()
+
+        def send(text: bytes) -> None:
+            place = driver.allocator.allocate(32)
+            memory.write(place, text)
+            driver.queues[0].add([(place, len(text))], [(place + 16, 8)])
+            driver.kick(0)
+            for _ in range(5):
+                frontend.poll()
+
+        send(b"one")
+        send(b"two")
+        assert len(device.kept) == 2 and not driver.queues[0].collect()
+        frontend.disconnect()
+        loop.run_once(0)
+        assert connection.closed and not device.kept
+        connection = Connection(pairs[1][1], device, loop)
+        frontend.reconnect(pairs[1][0])
+        send(b"all")
+        assert [used.written for used in driver.queues[0].collect()] == [4, 4, 4]
+        frontend.close()
+        connection.close()
+        unwatch_device(device, loop)
+    device.close()
+    loop.close()
+    kinds = [event.kind for event in RecordingReader(path)]
+    assert kinds.count(Kind.MEMORY) == 2 and kinds.count(Kind.QUEUE_SETUP) == 4
+    assert_replays(path, Keeper())
+
+    class Loses(Keeper):
+        def shout(self, requests: Sequence[Request]) -> None:
+            super().shout([request for request in requests if request.serial == 3 or self.kept])
+
+    with pytest.raises(AssertionError, match="is not given back"):
+        assert_replays(path, Loses())

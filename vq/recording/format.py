@@ -18,7 +18,7 @@ bytes                 the strings, one after another
 ====================  ==========================================================================
 
 `Kind` says what the numbers and strings of each event are. A sample of bytes that are only compared
-is all of up to 256; of more, a digest of eight bytes (BLAKE2b) and the first 64. Writing is done by
+is all of up to 256; of more, four bytes of CRC-32 and the first 64. Writing is done by
 a thread; the one that records only puts events into its hands.
 """
 
@@ -52,6 +52,7 @@ _MOST_IN_EVENT = 1 << 28
 _MOST_WAITING = 64 << 20
 """Bytes that wait for the disk at most; then the device waits, too."""
 _SECONDS_BETWEEN_FLUSHES = 0.2
+_ALL_BITS = (1 << 64) - 1
 _PIECE = 1 << 18
 """Bytes of events in a piece, or one event that is longer."""
 _MUCH_WAITING = 8 << 20
@@ -97,11 +98,15 @@ class Kind(enum.IntEnum):
     HOST = 14
     """The host does something to the device [; the method's name, its arguments as JSON]."""
 
+    TURNS = 15
+    """Who runs the device comes back for work that is left after a turn [or does not, 0]."""
+
     CHAINS = 20
     """What the device finds available [queue, avail.idx, position of the first, whether they are in
-    the ring (else: to be taken again), how many; for each: head, descriptors, tables, buffers (how
-    many of each), for each descriptor its place, addr, len, flags, next, for each table its gpa,
-    for each buffer its gpa; the bytes of every table and every readable buffer]."""
+    the ring (else: to be taken again), how often it looked in vain before, how many; for each:
+    head, descriptors, tables, buffers (how many of each), for each descriptor its place, addr, len,
+    flags, next, for each table its gpa, for each buffer its gpa; the bytes of every table and every
+    readable buffer]."""
     WISH = 21
     """What the device finds when it asks whether to call [queue, avail.flags, used_event]."""
     LINK_INPUT = 22
@@ -193,6 +198,8 @@ class RecordingWriter:
         self, path: str | os.PathLike[str], header: Header, *, limit: int = 256 << 20
     ) -> None:
         self.ended: str | None = None
+        self.causes = 0
+        """How many there were so far."""
         self._limit = limit
         self._written = 0
         self._stored = 0  # by the thread: each of the two counts for itself
@@ -200,7 +207,8 @@ class RecordingWriter:
         self._last = self._now = time.monotonic()
         self._stop = threading.Event()
         self._closed = False
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        # All that the guest says is in it: that is for its owner's eyes.
+        self._file: BinaryIO = open(path, "wb", opener=_for_the_owner)  # noqa: SIM115
         described = header.encode()
         self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
         self._file.flush()
@@ -215,7 +223,10 @@ class RecordingWriter:
         passed = int(1e6 * (now - self._last))
         self._last += 1e-6 * passed
         head = _EVENT.pack(kind, min(passed, 0xFFFFFFFF), len(numbers), len(strings))
-        parts = [head, _quads(len(numbers)).pack(*numbers)]
+        try:
+            parts = [head, _quads(len(numbers)).pack(*numbers)]
+        except struct.error:  # a driver called with what no register holds
+            parts = [head, _quads(len(numbers)).pack(*(number & _ALL_BITS for number in numbers))]
         if strings:
             parts.append(_longs(len(strings)).pack(*map(len, strings)))
             parts.extend(strings)
@@ -225,6 +236,7 @@ class RecordingWriter:
             self.write(Kind.END, [1])
             self.ended = f"it has reached {self._limit >> 20} MiB"
             return
+        self.causes += kind.is_cause
         self._events.append(event)
         while self._written - self._stored > _MOST_WAITING and self.ended is None:
             time.sleep(0.001)
@@ -341,6 +353,10 @@ class RecordingReader:
         except ValueError:
             raise CaptureError(f"{self.path} is damaged: no event is a {kind}") from None
         return Event(name, seconds, _quads(numbers).unpack_from(packed), tuple(pieces))
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 class _Stream:

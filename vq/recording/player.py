@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.recording.format import Event, Kind, RecordingReader
 from vq.recording.link import RecordedLink, RecordedPort, SentFrame
+from vq.recording.recorder import HOST_METHODS
 from vq.recording.ring import Found, sample_of
 from vq.recording.sample import Sample
 from vq.split_ring import SplitRing
@@ -101,6 +103,8 @@ class _Queue:
         self.expected_calls = 0
         self.reveals: deque[Found] = deque()
         self.wishes: deque[tuple[int, int]] = deque()
+        self._misses = 0  # looks since the last find in this step
+        self._taken = 0  # chains that came back in this step
         self._memory: GuestMemory | None = None
         self._places = (0, 0, 0)
         self._size = 0
@@ -118,9 +122,17 @@ class _Queue:
             memory.store16(used + 2, next_used)
 
     def reveal_next(self) -> None:
-        """Lets the device find what it found at its next look."""
+        """Lets the device find what it found at this look."""
         if self.reveals:
-            self._put(self.reveals.popleft())
+            if self.reveals[0].misses > self._misses:
+                self._misses += 1
+                return
+            self.reveal()
+
+    def reveal(self) -> None:
+        """Lets the device find the next that it found, whenever it looks."""
+        self._misses = 0
+        self._put(self.reveals.popleft())
 
     def _put(self, found: Found) -> None:
         if self._memory is None:
@@ -128,7 +140,7 @@ class _Queue:
         desc, avail, _ = self._places
         try:
             found.put(self._memory, self._size, desc, avail)
-        except UsageError as error:
+        except (UsageError, struct.error) as error:
             raise CaptureError(f"the recording is damaged: {error}") from None
         for chain in found.chains:
             self._writable.setdefault(chain.head, chain.writable())
@@ -144,9 +156,15 @@ class _Queue:
     def take(self, head: int, written: int) -> None:
         """The device gives a chain back."""
         assert self._memory is not None
+        self._taken += 1
         data = sample_of(self._memory, self._writable.pop(head, []), written)
         # By the length that it says, as in the recording.
         self.given[head].append(Given(head, written, Sample.unpack(written, data.pack())))
+
+    def missing(self) -> bool:
+        """Whether the device has not given back all that it gave back by now."""
+        wanted = Counter(given.head for given in self.expected)
+        return any(len(self.given[head]) < count for head, count in wanted.items())
 
     def differences(self) -> Iterator[str]:
         """What is different in this step, and forgets the step."""
@@ -166,12 +184,14 @@ class _Queue:
                 )
             elif (difference := expected.data.difference(given.data)) is not None:
                 yield f"{self.name}: the chain at {expected.head}: {difference}"
+        # A chain that came back in another step than it did has its call there.
+        same = same and self._taken == len(self.expected)
         if self.compared and same and bool(self.calls) != bool(self.expected_calls):
             yield f"{self.name}: the driver is {'' if self.calls else 'not '}called" + (
                 ", which it was not" if self.calls else ", which it was"
             )
         self.expected.clear()
-        self.calls = self.expected_calls = 0
+        self.calls = self.expected_calls = self._taken = self._misses = 0
 
     def surplus(self) -> Iterator[str]:
         """What was given back and never was in the recording."""
@@ -259,6 +279,7 @@ class _Player:
         self._loop = Loop()
         self._told_of_change = 0
         self._setting_up = self._queues[0] if self._queues else _Queue(0, "none", False)
+        self._work_left: set[int] = set()
         self._answer: int | None = None
         self._found: list[str] = []
         watch_device(device, self._loop)
@@ -270,7 +291,7 @@ class _Player:
         device = self._device
         unwatch_device(device, self._loop)
         device.reset()
-        device.on_queue_call = device.on_config_change = None
+        device.on_queue_call = device.on_config_change = device.on_work_left = None
         device.memory = None
         del device.ring_class
         for memory in self._memories:
@@ -295,11 +316,16 @@ class _Player:
             differences += (Difference(number, seconds, what) for what in found)
             if len(differences) >= most:
                 return differences
-        for queue in self._queues:
-            differences += (
-                Difference(self._session.steps, seconds, what) for what in queue.surplus()
+        surplus = [what for queue in self._queues for what in queue.surplus()]
+        if self._link is not None:
+            if self._link.asked:
+                surplus.append(f"the link is asked for {self._link.asked}, which it never was")
+            surplus += (
+                f"port {index}: {len(port.sent)} frames are sent, which never were"
+                for index, port in enumerate(self._link.recorded)
+                if port.sent
             )
-        return differences
+        return differences + [Difference(self._session.steps, seconds, what) for what in surplus]
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -399,6 +425,8 @@ class _Player:
                 if self._link is not None:
                     self._link.set_state(*numbers[:4])
                     _call(self._link.on_change)
+            case Kind.TURNS:
+                device.on_work_left = self._work_left.add if numbers[0] else None
             case Kind.HOST:
                 name, arguments = cause.strings
                 self._by_host(name, arguments)
@@ -437,12 +465,10 @@ class _Player:
     def _make_ring(self, *places: Any, **options: Any) -> SplitRing:
         queue = self._setting_up
         while queue.reveals and not queue.reveals[0].in_ring:
-            queue.reveal_next()  # what an earlier device had is there from the first
+            queue.reveal()  # what an earlier device had is there from the first
         return _ReplayRing(queue, *places, **options)
 
     def _by_host(self, name: bytes, arguments: bytes) -> None:
-        from vq.recording.recorder import HOST_METHODS
-
         method = name.decode(errors="replace")
         if method not in HOST_METHODS or not hasattr(self._device, method):
             raise CaptureError(f"the recording is damaged: no host does {method}")
@@ -457,8 +483,15 @@ class _Player:
         for queue in self._queues:
             if queue.reveals:
                 while queue.reveals:
-                    queue.reveal_next()
+                    queue.reveal()
                 self._device.notify(queue.index)
+        # The next turn was a step of its own, unless the device took less at a time then.
+        for index in list(self._work_left):
+            queue = self._queue(index)
+            for _ in range(len(queue.expected)):
+                if queue.missing():
+                    self._device.notify(index)
+        self._work_left.clear()
         self._loop.run_once(0)
         if isinstance(self._device, DeviceModel):
             self._device.settle(_PATIENCE)
@@ -482,14 +515,16 @@ class _Player:
     ) -> None:
         if self._link is None:
             return
-        if self._link.asked != asked:
-            self._found.append(f"the link is asked for {self._link.asked}, not {asked}")
-        self._link.asked = []
+        # What the device does earlier than it did waits for its turn, as chains do.
+        now = self._link.asked[: len(asked)]
+        if now != asked:
+            self._found.append(f"the link is asked for {now}, not {asked}")
+        del self._link.asked[: len(asked)]
         for index, port in enumerate(self._link.recorded):
             frames = [frame for event in expected[index] for frame in _sent_frames(event)]
             self._session.compared["frames sent"] += len(frames)
             self._found += _frame_differences(index, frames, port.sent)
-            port.sent.clear()
+            del port.sent[: len(frames)]
             port.budgets.clear()
 
     def _queue(self, index: int) -> _Queue:
@@ -539,5 +574,5 @@ def _frame_differences(
             yield f"{where}: {difference}"
         elif header is not None:
             yield f"{where}, net header: {header}"
-    if len(expected) != len(sent):
+    if len(sent) < len(expected):
         yield f"port {port}: {len(sent)} frames are sent, not {len(expected)}"

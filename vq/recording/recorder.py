@@ -71,6 +71,7 @@ class Recorder:
         )
         self._writer = RecordingWriter(path, header, limit=limit)
         self._memory: GuestMemory | None = None
+        self._in_turns = False
         self._depth = 0  # of causes: what the device does to itself is no cause
         self._queue = 0  # the one that is being set up
         self._wrapped: list[Watch] = []
@@ -127,6 +128,10 @@ class Recorder:
     def _cause(self, kind: Kind, numbers: Sequence[int], strings: Sequence[bytes] = ()) -> None:
         if self._depth == 0:
             self._check()
+            in_turns = self.device.on_work_left is not None
+            if in_turns != self._in_turns:
+                self._in_turns = in_turns
+                self._writer.write(Kind.TURNS, [in_turns])
             self._writer.write(kind, numbers, strings)
 
     def _check(self) -> None:

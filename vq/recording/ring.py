@@ -80,11 +80,14 @@ class Found:
     """Of the first chain in the available ring."""
     in_ring: bool
     """Whether the chains stand in the available ring; else an earlier device took them from it."""
+    misses: int = 0
+    """How often the device looked before without finding anything new, since the last cause."""
     chains: list[FoundChain] = field(default_factory=list)
 
     def event(self) -> tuple[list[int], list[bytes]]:
         """The numbers and the strings of a `Kind.CHAINS` event."""
-        numbers = [self.queue, self.index, self.position, int(self.in_ring), len(self.chains)]
+        numbers = [self.queue, self.index, self.position, int(self.in_ring), self.misses]
+        numbers.append(len(self.chains))
         strings: list[bytes] = []
         for chain in self.chains:
             numbers += (
@@ -105,8 +108,8 @@ class Found:
         """The opposite; raises `CaptureError`."""
         try:
             left, data = iter(numbers), iter(strings)
-            queue, index, position, in_ring, count = (next(left) for _ in range(5))
-            found = cls(queue, index, position, bool(in_ring))
+            queue, index, position, in_ring, misses, count = (next(left) for _ in range(6))
+            found = cls(queue, index, position, bool(in_ring), misses)
             for _ in range(count):
                 head, descriptors, tables, buffers = (next(left) for _ in range(4))
                 found.chains.append(
@@ -175,6 +178,8 @@ class RecordingRing(SplitRing):
         self._used_event_gpa = avail + ring_layout(size).used_event
         self._recording = True
         self._seen = self.next_avail
+        self._cause = writer.causes
+        self._misses = 0
         self._told = self.next_used
         self._writable: dict[int, list[tuple[int, int]]] = {}  # by head, what may be written
         self._wish: tuple[int, int] | None = None
@@ -194,8 +199,7 @@ class RecordingRing(SplitRing):
         except DriverError:
             self._look(self._next_avail)  # there it goes on after an impossible index
             raise
-        if count:
-            self._look(self._next_avail + count & 0xFFFF)
+        self._look(self._next_avail + count & 0xFFFF)
         return count
 
     def publish(self) -> int:
@@ -227,8 +231,12 @@ class RecordingRing(SplitRing):
 
     def _look(self, index: int) -> None:
         """Writes down what became available up to `index`, if that was not done yet."""
+        if self._writer.causes != self._cause:
+            self._cause = self._writer.causes
+            self._misses = 0
         count = index - self._seen & 0xFFFF
         if not count:
+            self._misses += 1
             return
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
         heads = []
@@ -242,7 +250,8 @@ class RecordingRing(SplitRing):
     def _write_found(
         self, index: int, position: int, heads: Iterable[int], *, in_ring: bool
     ) -> None:
-        found = Found(self._queue, index, position, in_ring)
+        found = Found(self._queue, index, position, in_ring, self._misses)
+        self._misses = 0
         found.chains = [self._read_chain(head) for head in heads]
         self._writer.write(Kind.CHAINS, *found.event())
 

@@ -136,6 +136,8 @@ class _Words:
                 return f"the link's port {numbers[0]} takes frames again"
             case Kind.LINK_CHANGED:
                 return f"the link changed: {'up' if numbers[2] else 'down'}"
+            case Kind.TURNS:
+                return f"the device works {'in turns' if numbers[0] else 'until all is done'}"
             case Kind.HOST:
                 name, arguments = (text.decode(errors="replace") for text in event.strings)
                 return f"the host: {name}{arguments}"
@@ -181,13 +183,17 @@ class _Words:
         queue = self._queue(found.queue)
         if not found.chains:
             yield f"{queue}: the available index is {found.index}"
-        for chain in found.chains:
-            data = b"".join(bytes_ for _, bytes_ in chain.buffers)
-            room = sum(length for _, length in chain.writable())
-            table = " in a table" if chain.tables else ""
-            parts = [f"{len(data)} bytes: {self._bytes(data)}"] if data else []
-            parts += [f"room for {room}"] if room else []
-            yield f"{queue}: {chain.head} available{table}, {', '.join(parts) or 'empty'}"
+        for alike in _alike(found.chains):
+            first, last = alike[0], alike[-1]
+            heads = f"{first.head}" if len(alike) == 1 else f"{first.head} to {last.head}"
+            yield f"{queue}: {heads} available{self._chain(first)}{' each' * (len(alike) > 1)}"
+
+    def _chain(self, chain: FoundChain) -> str:
+        data = b"".join(piece for _, piece in chain.buffers)
+        room = _room(chain)
+        parts = [f"{len(data)} bytes: {self._bytes(data)}"] if data else []
+        parts += [f"room for {room}"] if room else []
+        return (" in a table" if chain.tables else "") + ", " + (", ".join(parts) or "empty")
 
     def _bytes(self, data: bytes) -> str:
         return data[: self._most].hex(" ") + (" ..." if len(data) > self._most else "")
@@ -199,6 +205,33 @@ class _Words:
 
     def _queue(self, index: int) -> str:
         return _queue_name(self._header, index)
+
+
+def _room(chain: FoundChain) -> int:
+    return sum(length for _, length in chain.writable())
+
+
+def _alike(chains: list[FoundChain]) -> Iterator[list[FoundChain]]:
+    """Runs of chains with nothing to read, as much room and one head after another.
+
+    Receive buffers come by the hundred.
+    """
+    run: list[FoundChain] = []
+    for chain in chains:
+        follows = (
+            run
+            and not chain.buffers
+            and not run[-1].buffers
+            and chain.head == run[-1].head + 1
+            and _room(chain) == _room(run[-1])
+            and bool(chain.tables) == bool(run[-1].tables)
+        )
+        if run and not follows:
+            yield run
+            run = []
+        run.append(chain)
+    if run:
+        yield run
 
 
 def _queue_name(header: Header, index: int) -> str:

@@ -30,12 +30,16 @@ from vq.abi import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
+    MMIO_CONFIG,
     Feature,
     Status,
     ring_layout,
 )
 from vq.device import Device
 from vq.driver import DeviceError, DriverRing, GuestBuffer
+from vq.driver_mmio import MmioTransport
+from vq.driver_pci import PciTransport
+from vq.driver_registers import Window
 from vq.errors import AddressError, DriverError, UsageError, VqError
 from vq.memory import GuestMemory
 from vq.testing.wiring import Wired, wire
@@ -112,6 +116,8 @@ class Case(NamedTuple):
     """Features without which there is nothing to break, a set of bits."""
     exercised: bool = True
     """Whether the device has to work on at once, unless it says that it needs a reset."""
+    every_queue: bool = True
+    """Whether it is played on each queue in turn, or once."""
 
 
 class Stage:
@@ -167,6 +173,23 @@ class Stage:
     def buffer(self, length: int = 64, *, align: int = 16) -> int:
         """A buffer of the guest's, full of noise."""
         return self.driver.allocator.allocate(length, align)
+
+    def registers(self) -> list[tuple[Window, int]]:
+        """The registers that stand between driver and device, each block with its length in bytes.
+
+        Raises `NotApplicable` where there are none.
+        """
+        if isinstance(self.transport, MmioTransport):
+            return [(self.transport.window, MMIO_CONFIG + 0x100)]
+        if isinstance(self.transport, PciTransport):
+            sizes = self.transport.bar_sizes
+            bars = [(bar, min(sizes[n], 0x4000)) for n, bar in self.transport.bars.items()]
+            return [(self.transport.config, 256), *((bar, size) for bar, size in bars if size)]
+        raise NotApplicable("there are no registers")
+
+    def lose_transport(self) -> None:
+        """The driver has changed what its own transport goes by: only the next one can go on."""
+        self.refused = True
 
     # --- chains -------------------------------------------------------------------------------
 
@@ -452,7 +475,7 @@ def hostile_driver_battery(
 
     `make_device` makes a new device; `exercise` is described above, and without it only the
     negotiation shows that the device lives on. `cases` are by default all of
-    `vq.testing.hostile_cases`, and `more` come on top. Each is played on every queue.
+    `vq.testing.hostile_cases`, and `more` come on top. What is about queues is played on each.
     """
     import pytest
 
@@ -468,7 +491,7 @@ def hostile_driver_battery(
         device = make_device()
         count = max(1, device.queue_count)
         device.close()
-        for queue in range(count):
+        for queue in range(count if case.every_queue else 1):
             run_case(case, make_device, exercise, via=via, queue=queue)
 
     return hostile_driver

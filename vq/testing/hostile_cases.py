@@ -38,6 +38,9 @@ _UP = Status.ACKNOWLEDGE | Status.DRIVER
 _READY = _UP | Status.FEATURES_OK
 _LIVE = _READY | Status.DRIVER_OK
 
+_WHOLE_DEVICE = ("2.1", "2.2", "2.5", "4.", "6.")
+"""Sections that are about a device and not about its queues."""
+
 _BOTH_WAYS: tuple[tuple[str, int], ...] = (("readable", 0), ("writable", W))
 
 
@@ -58,7 +61,8 @@ def case(
             def go(stage: Stage, arguments: tuple[Any, ...] = arguments) -> None:
                 play(stage, *arguments)
 
-            CASES.append(Case(name + label, go, needs, exercised))
+            once = name.startswith(_WHOLE_DEVICE)
+            CASES.append(Case(name + label, go, needs, exercised, every_queue=not once))
         return play
 
     return add
@@ -1057,6 +1061,75 @@ def _kick_after_reset(stage: Stage) -> None:
     stage.act(stage.transport.write_status, 0)
     stage.take_back()
     stage.kick()
+
+
+# --- 4.1, 4.2: registers -------------------------------------------------------------------------
+
+_WIDTHS = (1, 2, 4, 8)
+
+
+@case(
+    "4.1, 4.2: registers are read at every place in every width",
+    [("before anything", False), ("while the device works", True)],
+)
+def _read_registers(stage: Stage, up: bool) -> None:
+    blocks = stage.registers()
+    if up:
+        stage.up()
+
+    def read() -> None:
+        for window, length in blocks:
+            for width in _WIDTHS:
+                for offset in (*range(length), length - 1, length, length + 0x1000):
+                    value = window.read(offset, width)
+                    if not 0 <= value < 1 << 8 * width:
+                        raise ValueError(f"{value:#x} is read in {width} bytes")
+
+    stage.act(read)
+    if up:
+        stage.lose_transport()  # an interrupt that was read away is one that the driver misses
+
+
+@case(
+    "4.1, 4.2: registers are written at every place in every width",
+    [
+        (f"{name}, {way}, {when}", value, step, up)
+        for name, value in (("zeros", 0), ("ones", (1 << 64) - 1), ("an address", MEMORY[1][0]))
+        for way, step in (("upwards", 1), ("downwards", -1))
+        for when, up in (("before anything", False), ("while the device works", True))
+    ],
+)
+def _write_registers(stage: Stage, value: int, step: int, up: bool) -> None:
+    blocks = stage.registers()
+    if up:
+        stage.up()
+        stage.chain(Desc(stage.buffer(), 64), Desc(stage.buffer(), 64, W))
+
+    def write() -> None:
+        for window, length in reversed(blocks):
+            for width in _WIDTHS:
+                for offset in range(length + width)[::step]:
+                    window.write(offset, width, value & (1 << 8 * width) - 1)
+
+    stage.lend(MEMORY[1][0], MEMORY[1][1])  # the device may have been told of a queue there
+    stage.act(write)
+    stage.lose_transport()
+
+
+@case(
+    "4.1, 4.2: registers are accessed where there are none, and in no width",
+    [("far out", 1 << 40, 4), ("before the first", -4, 4), ("three bytes", 0, 3), ("none", 0, 0)],
+)
+def _no_registers(stage: Stage, offset: int, width: int) -> None:
+    blocks = stage.registers()
+    stage.up()
+
+    def access() -> None:
+        for window, _ in blocks:
+            window.read(offset, width)
+            window.write(offset, width, 0)
+
+    stage.act(access)
 
 
 # --- what changes while the device works ---------------------------------------------------------
