@@ -37,7 +37,7 @@ from vq.errors import DriverError, UsageError
 from vq.link import Frame, Link, Port
 from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
-from vq.net_filter import BROADCAST, ReceiveFilter
+from vq.net_filter import BROADCAST, MAX_TABLE, ReceiveFilter
 from vq.net_receive import ReceiveWindow
 from vq.net_transmit import FrameMaker, Responder
 from vq.offload import (
@@ -410,7 +410,7 @@ class NetDevice(Device):
         """Takes over what `save_state` gave. Raises `UsageError` for anything else."""
         try:
             self._load(json.loads(state))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UsageError(f"this is not a network device's state: {error!r}") from None
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -423,7 +423,14 @@ class NetDevice(Device):
         filters.unicast, filters.multicast = unicast, multicast
         filters.vlans = None if state["vlans"] is None else set(map(int, state["vlans"]))
         pairs = int(state["pairs"])
-        if len(filters.mac) != 6 or not 1 <= pairs <= self._max_pairs:
+        # No more than a driver could have set here: a peer's word is no reason to hold more.
+        if max(len(unicast), len(multicast)) > MAX_TABLE:
+            raise ValueError(f"more than {MAX_TABLE} addresses")
+        if any(len(address) != 6 for address in (filters.mac, *unicast, *multicast)):
+            raise ValueError("an address that is not 6 bytes long")
+        if any(not 0 <= vlan <= 0xFFF for vlan in filters.vlans or ()):
+            raise ValueError("a VLAN that cannot be")
+        if filters.mac[0] & 1 or not 1 <= pairs <= self._max_pairs:
             raise ValueError("an address or a number of queue pairs that cannot be")
         self.filter = filters
         self._config.mac[:] = filters.mac

@@ -148,7 +148,9 @@ def finish(frame: _Frame, accepts: Offload) -> list[_Frame]:
 
 def _finish_gso(frame: _Frame, accepted: int) -> list[_Frame]:
     header, pieces = frame[0], frame[1:]
-    _, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    flags, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    if not flags & _NEEDS_CSUM:  # no guest may be given it so either (virtio 1.3, 5.1.6.4.1)
+        raise HeaderLie("gso without csum")
     wanted = _GSO_OFFLOADS.get(gso_type, 0)
     if wanted and accepted & wanted == wanted:
         return [frame]

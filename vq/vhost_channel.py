@@ -159,6 +159,10 @@ class Transfer:
         except (OSError, VqError) as error:
             log.warning("the device's state did not get across: %s", error)
             self._finish(failed=True)
+        except Exception:
+            # A fault of the model's must not become the death of every other guest's device.
+            log.exception("the device model failed on a state")
+            self._finish(failed=True)
         else:
             self._finish(failed=False)
 
