@@ -69,6 +69,8 @@ class Queue:
         self.ring: SplitRing | None = None
         self.enabled = False
         """Whether the device may work on the ring; a transport may pause a ring that it keeps."""
+        self.unfinished: Sequence[int] = ()
+        """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
 
 class Watch:
@@ -125,6 +127,8 @@ class Device(ABC):
     """
     on_watches_change: Callable[[], None] | None = None
     """The event loop's: there are new `watches`."""
+    on_call_soon: Callable[[Callable[[], None]], None] | None = None
+    """The event loop's: does something soon, in the device's thread. Any thread may call it."""
 
     def __init__(
         self,
@@ -285,13 +289,14 @@ class Device(ABC):
                 features=self._driver_features,
                 next_avail=next_avail,
                 next_used=next_used,
-                resubmit=resubmit,
+                resubmit=dict.fromkeys((*resubmit, *queue.unfinished)),
                 inflight_log=inflight_log,
                 name=queue.name,
             )
         except DriverError as error:
             self._driver_broke(error)
             return
+        queue.unfinished = ()
         queue.enabled = True
         self._run("queue_started", self.queue_started, queue)
 
@@ -433,6 +438,7 @@ class Device(ABC):
 
     def _drop_ring(self, queue: Queue) -> None:
         queue.enabled = False
+        queue.unfinished = ()
         if queue.ring is not None:
             queue.ring = None
             self._run("queue_dropped", self.queue_dropped, queue)
