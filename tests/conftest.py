@@ -11,6 +11,8 @@ from collections.abc import Generator
 
 import pytest
 
+from vq.log_limit import LIMIT
+
 REQUIRED = os.environ.get("VQ_REQUIRE", "0") not in ("", "0")
 NOT_TO_BE_INSTALLED = (
     "root may read everything",
@@ -31,3 +33,9 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"VQ_REQUIRE is set, but: {reason}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def fresh_log_limit() -> None:
+    """What earlier tests logged counts against nobody's limit."""
+    LIMIT.forget()

@@ -7,19 +7,19 @@ descriptor, for migration. Both own their descriptor and watch it with the conne
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Callable
 
 from vq.errors import FrontendError, VqError
+from vq.log_limit import limited_logger
 from vq.loop import Loop
 from vq.vhost_message import BackendRequest, Decoder, Message, encode
 
 __all__ = ["Channel", "Transfer", "close_fd"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_STATE = 1 << 24
 """Bytes of a device's saved state that are taken at most."""
