@@ -432,7 +432,7 @@ class NetDevice(Device):
         )
         filters.unicast, filters.multicast = unicast, multicast
         filters.vlans = None if state["vlans"] is None else set(map(int, state["vlans"]))
-        pairs = int(state["pairs"])
+        pairs, offloads = int(state["pairs"]), Offload(int(state["offloads"]))
         # No more than a driver could have set here: a peer's word is no reason to hold more.
         if max(len(unicast), len(multicast)) > MAX_TABLE:
             raise ValueError(f"more than {MAX_TABLE} addresses")
@@ -444,7 +444,7 @@ class NetDevice(Device):
             raise ValueError("an address or a number of queue pairs that cannot be")
         self.filter = filters
         self._config.mac[:] = filters.mac
-        self._guest_offloads = Offload(int(state["offloads"])) & self._guest_offloads
+        self._guest_offloads &= offloads
         self._active_pairs = pairs
         self._activate_ports()
         self._configure_receiving()

@@ -47,7 +47,7 @@ def _there_and_back(source: Input) -> None:
 
 def _from_a_tap(source: Input) -> None:
     flags = source.pick((0x200, 0x400, 0x800, 0x220, 0x100, 0x10, 0x307, source.u16))
-    header = TUN_HDR.pack(flags, 0, source.u16, source.pick((1448, 0, 8, 9000)))
+    header = TUN_HDR.pack(flags, 0, source.u16, source.pick((1448, 0, 536, 9000)))
     frame = bytearray(any_frame(source))
     came = tagged(header, [frame])
     if came is not None:
