@@ -17,6 +17,7 @@ LONGEST = 4096
 """Bytes of an input at most."""
 SLOW = 10
 """Seconds after which an input counts as a hang."""
+_INSIDE = "--inside"  # with it this is the process that atheris takes over
 MEMORY = 1500
 """MiB of memory after which an input counts as a bomb."""
 
@@ -33,12 +34,11 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, metavar="DIRECTORY", help="where new inputs and findings are left"
     )
-    parser.add_argument("--inside", help=argparse.SUPPRESS)  # the process that atheris takes over
-    args, rest = parser.parse_known_args()
-    if args.inside:
-        return _inside(args.inside, rest)
+    if sys.argv[1:2] == [_INSIDE]:
+        return _inside(sys.argv[2], sys.argv[3:])
+    args = parser.parse_args()
     targets = args.targets or TARGETS
-    for name in (*targets, *rest):
+    for name in targets:
         if name not in TARGETS:
             parser.error(f"no target {name!r}; there are {', '.join(TARGETS)}")
     if args.replay or args.keep:
@@ -120,7 +120,7 @@ def _unpack(name: str, directory: Path) -> None:
 def _libfuzzer(
     name: str, options: Sequence[str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "fuzz", "--inside", name, *options]
+    argv = [sys.executable, "-m", "fuzz", _INSIDE, name, *options]
     return subprocess.run(
         argv, stderr=subprocess.PIPE, text=True, errors="replace", timeout=timeout, check=False
     )
