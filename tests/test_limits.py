@@ -228,6 +228,26 @@ def test_indirect_tables_are_followed_some_at_a_time() -> None:
         assert [len(device.pop_burst(64)) for _ in range(3)] == [1, 1, 1]
 
 
+def test_a_chain_over_many_small_regions_is_refused() -> None:
+    """A frontend may lay memory out in 256 regions, and each buffer of a chain lie over them all:
+    4 GiB of chain were a million views."""
+    with GuestMemory.allocate(1 << 20, *[4096] * 255) as memory:
+        allocator = GuestAllocator(memory)
+        ring = DriverRing.allocate(memory, allocator, 1024, features=1 << Feature.INDIRECT_DESC)
+        table = allocator.allocate(16 * 1024)
+        entry = partial(struct.pack, "<QIHH", (1 << 20) - 4096, 256 * 4096)
+        entries = [entry(DESC_F_NEXT, number + 1) for number in range(1023)]
+        memory.write(table, b"".join([*entries, entry(0, 0)]))
+        ring.poke_descriptor(0, table, 16 * 1024, DESC_F_INDIRECT, 0)
+        ring.poke_avail_index(1)
+        device = SplitRing(
+            memory, 1024, ring.desc, ring.avail, ring.used, features=1 << Feature.INDIRECT_DESC
+        )
+        with at_most(32 * MIB), pytest.raises(DriverError, match="pieces of memory"):
+            device.pop()
+        assert device.publish() == 1  # it is the driver's again
+
+
 def test_a_table_of_more_addresses_than_are_kept_takes_no_more_memory(memory: GuestMemory) -> None:
     world = World(memory)
     guest = world.raw(features("CTRL_VQ", "CTRL_RX"))

@@ -53,6 +53,9 @@ _MAX_CHAIN_BYTES = 1 << 32
 _MAX_WALK = 1 << 15
 """Descriptors and buffers of one burst, unless one chain alone has more: with indirect tables 64
 chains could have two million."""
+_MAX_PIECES = 1 << 16
+"""Pieces of memory in one chain. Its descriptors cannot be more than 32,768, but each could lie
+over all regions of a guest's memory that a frontend laid out in small ones."""
 _MAX_TABLE_BYTES = 16 << 16  # as far as next, 16 bits wide, reaches into an indirect table
 _NO_VIEWS: tuple[memoryview, ...] = ()
 
@@ -552,6 +555,8 @@ class SplitRing:
             raise self._bad(
                 f"a buffer is not in the guest's memory: {error}", head, "2.7.5"
             ) from None
+        if len(pieces) > _MAX_PIECES:
+            raise self._bad(f"a chain of more than {_MAX_PIECES} pieces of memory", head, "2.7.5")
         self._window = self._window_at(addr)  # the next one is probably there, too
 
     def _window_at(self, gpa: int) -> tuple[int, int, memoryview]:
