@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fuzz.corpus import TARGETS, load, save
 
-LONGEST = 4096
+LONGEST = 2048
 """Bytes of an input at most."""
 SLOW = 10
 """Seconds after which an input counts as a hang."""
@@ -35,7 +35,7 @@ def main() -> int:
         "--work", type=Path, metavar="DIRECTORY", help="where new inputs and findings are left"
     )
     if sys.argv[1:2] == [_INSIDE]:
-        return _inside(sys.argv[2], sys.argv[3:])
+        return _inside(sys.argv[2], sys.argv[3:])  # name, program, options
     args = parser.parse_args()
     targets = args.targets or TARGETS
     for name in targets:
@@ -75,6 +75,7 @@ def _fuzz(name: str, seconds: int, work: Path | None) -> bool:
         options = [
             f"-max_total_time={seconds}",
             f"-max_len={LONGEST}",
+            "-len_control=0",  # what goes deep is long
             f"-timeout={SLOW}",
             f"-rss_limit_mb={MEMORY}",
             f"-artifact_prefix={findings}/",
@@ -120,19 +121,28 @@ def _unpack(name: str, directory: Path) -> None:
 def _libfuzzer(
     name: str, options: Sequence[str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "fuzz", _INSIDE, name, *options]
-    return subprocess.run(
-        argv, stderr=subprocess.PIPE, text=True, errors="replace", timeout=timeout, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="vq-fuzz-") as temporary:
+        # A program of its own: to merge, libFuzzer starts itself again by its name.
+        program = Path(temporary, name)
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fuzz {_INSIDE} {name} $0 "$@"\n')
+        program.chmod(0o700)
+        return subprocess.run(
+            [program, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
 
 
-def _inside(name: str, options: Sequence[str]) -> int:
+def _inside(name: str, argv: Sequence[str]) -> int:
     import atheris
 
     logging.disable(logging.CRITICAL)
     with atheris.instrument_imports(include=["vq"], enable_loader_override=False):
         run = _target(name)
-    atheris.Setup([name, *options], run)
+    atheris.Setup([*argv], run)
     atheris.Fuzz()
     return 0
 

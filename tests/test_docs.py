@@ -85,3 +85,12 @@ def test_the_files_that_the_readme_names_exist() -> None:
     table = text[text.index("## Where things are") : text.index("## Rules that vq keeps")]
     for name in re.findall(r"`(\w+(?:\.py|/))`", table):
         assert name == "vq/" or (ROOT / "vq" / name).exists(), name
+
+
+def test_the_pictures_show_what_the_code_does(tmp_path: Path) -> None:
+    script = (ROOT / "docs" / "pictures.py").read_text()
+    (tmp_path / "pictures.py").write_text(script)
+    run([sys.executable, "pictures.py"], tmp_path)
+    for drawn in (tmp_path / "pictures").iterdir():
+        kept = ROOT / "docs" / "pictures" / drawn.name
+        assert drawn.read_text() == kept.read_text(), "run `python docs/pictures.py`"
