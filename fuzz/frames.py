@@ -10,6 +10,7 @@ from vq.packet import Buffer
 __all__ = ["any_frame", "any_net_header", "pieces_of"]
 
 _GUEST, _OTHERS = b"\2\0\0\0\0\3", b"\2\0\0\0\0\xaa"
+_LONGEST = 0x24000  # what a guest of the net targets has room for
 _TARGETS = (_OTHERS, _GUEST, b"\xff" * 6, b"\1\0\x5e\0\0\1")
 
 
@@ -50,7 +51,7 @@ def any_frame(source: Input) -> bytes:
         frame[place] = source.u8
     if source.chance(8):
         del frame[source.u16 % (len(frame) + 1) :]
-    return bytes(frame)
+    return bytes(frame[:_LONGEST])
 
 
 def _ipv4(source: Input, protocol: int, length: int) -> bytes:

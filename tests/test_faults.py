@@ -444,7 +444,7 @@ def test_timers_do_not_care_what_time_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     loop.close()
 
 
-def test_only_captures_know_the_wall_clock() -> None:
+def test_only_captures_and_recordings_know_the_wall_clock() -> None:
     import vq
 
     package = Path(vq.__file__).parent
@@ -455,7 +455,7 @@ def test_only_captures_know_the_wall_clock() -> None:
         and "bench" not in path.parts
         and any(word in path.read_text() for word in ("time.time(", "time_ns(", "datetime"))
     }
-    assert users == {"pcap.py"}
+    assert users == {"pcap.py", "recorder.py"}
 
 
 def test_a_capture_whose_clock_jumps_back_is_a_good_capture(
