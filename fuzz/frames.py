@@ -10,7 +10,7 @@ from vq.packet import Buffer
 __all__ = ["any_frame", "any_net_header", "pieces_of"]
 
 _GUEST, _OTHERS = b"\2\0\0\0\0\3", b"\2\0\0\0\0\xaa"
-_LONGEST = 0x24000  # what a guest of the net targets has room for
+_LONGEST = 0x12000  # what a guest of the net targets has room for
 _TARGETS = (_OTHERS, _GUEST, b"\xff" * 6, b"\1\0\x5e\0\0\1")
 
 
@@ -38,7 +38,7 @@ def any_frame(source: Input) -> bytes:
     frame = bytearray(source.pick(_TARGETS) + source.pick((_GUEST, _OTHERS)))
     for _ in range(source.pick((0, 0, 0, 1, 2, 9))):
         frame += source.pick((b"\x81\0", b"\x88\xa8", b"\x91\0")) + source.take(2).ljust(2, b"\5")
-    payload = source.pick((0, 1, 40, 100, 1460, 3000, 9000, 0x10000, 0x20000))
+    payload = source.pick((0, 1, 40, 100, 1460, 3000, 9000, 0xF000, 0x10000))
     protocol = source.pick((6, 6, 17, 1, 58, 44, 51, 59, 255))
     transport = _transport(source, protocol, payload)
     if source.chance(2):

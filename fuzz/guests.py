@@ -17,7 +17,7 @@ from vq.offload import ALL, Offload
 
 __all__ = ["RING_CHOICES", "Cable", "NetGuest", "some_features"]
 
-_RINGS, _SEAM, _END = 0x1000, 0x18000, 0x30000
+_RINGS, _SEAM, _END = 0x1000, 0x10000, 0x1C000
 _MEMORY = GuestMemory.allocate((_RINGS, _SEAM - _RINGS), (_SEAM, _END - _SEAM))
 _ARENA = 0x8000
 """Where a guest's buffers lie; its rings are below."""
@@ -225,11 +225,11 @@ class NetGuest:
         """Carries out a control command; the acknowledgement."""
         gpa = _ARENA
         _MEMORY.write(gpa, data)
-        _MEMORY.write(gpa + 0x20000, b"\x7f")
-        if not self.offer(2, [(gpa, len(data))], [(gpa + 0x20000, 1)]):
+        _MEMORY.write(gpa + 0x12000, b"\x7f")
+        if not self.offer(2, [(gpa, len(data))], [(gpa + 0x12000, 1)]):
             return -1
         self.kick(2)
         used = self.collect(2)
-        ack = _MEMORY.read(gpa + 0x20000, 1)[0]
+        ack = _MEMORY.read(gpa + 0x12000, 1)[0]
         assert [count for _, count in used] == [1] and ack in (CTRL_OK, CTRL_ERR)
         return ack

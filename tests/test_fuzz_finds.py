@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.offload import Offload
 from vq.pcap import read_frames
+from vq.recording.format import RecordingReader
 from vq.software import HeaderLie, finish
 from vq.tun_hdr import TUN_HDR, TunFlag, TunHdrLie, from_tun
 from vq.vhost_user import Connection
@@ -166,3 +168,29 @@ def test_plain_frames_are_as_before(memory: GuestMemory) -> None:
     driver = world.drive()
     world.link.deliver(OUR_MAC + bytes(60), header=PLAIN)  # type: ignore[attr-defined]
     assert len(driver.receive()) == 1
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b'{"queues": [["a", 1e400]]}', b'{"queues": 7}', b"[]"]
+)
+def test_a_recording_that_cannot_be_is_refused_whatever_is_wrong_with_it(
+    tmp_path: Path, header: bytes
+) -> None:
+    """Fuzzing `recording`: nested JSON and an infinite number were tracebacks of `vq replay`."""
+    path = tmp_path / "x.vqrec"
+    path.write_bytes(b"VQREC\1\0\0" + struct.pack("<I", len(header)) + header)
+    with pytest.raises(CaptureError):
+        RecordingReader(path)
+    path.write_bytes(b"VQREC\1\0\0" + struct.pack("<I", 0xFFFFFFFF) + header)
+    with pytest.raises(CaptureError, match="damaged: a header of"):
+        RecordingReader(path)
+
+
+def test_a_recording_of_a_few_bytes_takes_no_gigabytes(tmp_path: Path) -> None:
+    """The audit: an event of 64 million empty strings is a quarter of a megabyte when packed."""
+    header = json.dumps({"device": "a:b", "device_id": 1, "queues": [], "features": 0}).encode()
+    events = zlib.compress(struct.pack("<BIII", 9, 0, 0, 1 << 25) + bytes(1 << 20))
+    path = tmp_path / "x.vqrec"
+    path.write_bytes(b"VQREC\1\0\0" + struct.pack("<I", len(header)) + header + events)
+    with pytest.raises(CaptureError, match="parts"):
+        list(RecordingReader(path))

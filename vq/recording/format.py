@@ -46,6 +46,9 @@ _LENGTH = struct.Struct("<I")
 _EVENT = struct.Struct("<BIII")
 _MOST_IN_EVENT = 1 << 28
 """Bytes of one event at most; no burst of requests comes near."""
+_MOST_NUMBERS = 1 << 22
+"""Numbers and strings of one event at most; each takes many times its bytes in memory."""
+_MOST_IN_HEADER = 1 << 20
 _MOST_WAITING = 64 << 20
 """Bytes that wait for the disk at most; then the device waits, too."""
 _SECONDS_BETWEEN_FLUSHES = 0.2
@@ -169,7 +172,7 @@ class Header:
             fields = json.loads(data)
             fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
             return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
 
 
@@ -290,7 +293,10 @@ class RecordingReader:
         if magic != _MAGIC:
             raise CaptureError(f"{self.path} is a recording of another version of vq")
         length = file.read(_LENGTH.size)
-        described = file.read(_LENGTH.unpack(length)[0]) if len(length) == _LENGTH.size else b""
+        size = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
+        if size > _MOST_IN_HEADER:
+            raise CaptureError(f"{self.path} is damaged: a header of {size} bytes")
+        described = file.read(size)
         return Header.decode(described), file.tell()
 
     def __iter__(self) -> Iterator[Event]:
@@ -312,8 +318,8 @@ class RecordingReader:
     def _read_event(
         self, stream: _Stream, kind: int, seconds: float, numbers: int, strings: int
     ) -> Event | None:
-        if 8 * numbers + 4 * strings > _MOST_IN_EVENT:
-            raise CaptureError(f"{self.path} is damaged: an event of {numbers} numbers")
+        if numbers + strings > _MOST_NUMBERS:
+            raise CaptureError(f"{self.path} is damaged: an event of {numbers + strings} parts")
         packed = stream.take(8 * numbers + 4 * strings)
         if len(packed) < 8 * numbers + 4 * strings:
             return None
