@@ -171,12 +171,23 @@ def test_plain_frames_are_as_before(memory: GuestMemory) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"[" * 100_000, b'{"queues": [["a", 1e400]]}', b'{"queues": 7}', b"[]"]
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"queues": [["a", 1e400]]}',
+        b'{"queues": 7}',
+        b"[]",
+        b'{"device": "a:b", "device_id": 1, "queues": [], "features": 0, "served": [7]}',
+        b'{"device": "a:b", "device_id": 1, "queues": [], "features": "0"}',
+        b'{"device": 5, "device_id": 1, "queues": [], "features": 0}',
+        b'{"device": "a:b", "device_id": 1, "queues": [], "features": 0, "link": 5}',
+    ],
 )
 def test_a_recording_that_cannot_be_is_refused_whatever_is_wrong_with_it(
     tmp_path: Path, header: bytes
 ) -> None:
-    """Fuzzing `recording`: nested JSON and an infinite number were tracebacks of `vq replay`."""
+    """Fuzzing `recording`: nested JSON, an infinite number and words that were numbers were
+    tracebacks of `vq replay`."""
     path = tmp_path / "x.vqrec"
     path.write_bytes(b"VQREC\1\0\0" + struct.pack("<I", len(header)) + header)
     with pytest.raises(CaptureError):

@@ -171,7 +171,15 @@ class Header:
         try:
             fields = json.loads(data)
             fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
-            return cls(**fields)
+            header = cls(**fields)
+            words = [header.device, header.began, *header.from_outside, *header.served]
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("a word that is none")
+            if not all(isinstance(number, int) for number in (header.device_id, header.features)):
+                raise TypeError("a number that is none")
+            if not isinstance(header.link, dict | None):
+                raise TypeError("a link that is none")
+            return header
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
 
