@@ -19,6 +19,7 @@ from net_frames import make_frame, make_payload
 from net_world import OUR_MAC, PLAIN, World, features, tcp_header
 from vhost_frontend import REPLY_ACK, Frontend, wait_until
 
+from vq.cli import main
 from vq.errors import CaptureError, UsageError
 from vq.link import LoopbackLink
 from vq.loop import Loop
@@ -205,3 +206,22 @@ def test_a_recording_of_a_few_bytes_takes_no_gigabytes(tmp_path: Path) -> None:
     path.write_bytes(b"VQREC\1\0\0" + struct.pack("<I", len(header)) + header + events)
     with pytest.raises(CaptureError, match="parts"):
         list(RecordingReader(path))
+
+
+def test_a_recording_imports_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The audit: `vq replay` imported whatever module a recording named as its device's, from the
+    current directory too, before it refused to replay it."""
+    (tmp_path / "innocent.py").write_text("raise SystemExit('it was imported')")
+    header = {
+        **{"device": "innocent:Device", "device_id": 4, "queues": [], "features": 0},
+        "served": ["innocent:Device"],
+    }
+    described = json.dumps(header).encode()
+    path = tmp_path / "x.vqrec"
+    head = b"VQREC\1\0\0" + struct.pack("<I", len(described))
+    path.write_bytes(head + described + zlib.compress(b""))
+    monkeypatch.chdir(tmp_path)
+    assert main(["replay", str(path)]) == 2
+    assert "--device innocent:Device" in capsys.readouterr().err
