@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import struct
@@ -29,7 +30,7 @@ from vq.offload import Offload
 from vq.split_ring import SplitRing
 from vq.vhost_channel import MAX_CHANNEL_BACKLOG, Channel
 from vq.vhost_message import BackendRequest, Message
-from vq.vhost_user import Connection, Server
+from vq.vhost_user import MESSAGES_PER_TURN, Connection, Server
 
 MIB = 1 << 20
 TURN = BURST * BURSTS_PER_TURN
@@ -462,6 +463,33 @@ def test_control_commands_are_carried_out_a_few_at_a_time(memory: GuestMemory) -
         done.append(len(guest.used(2)))
         world.device.notify(turns.pop())
     assert done == [COMMANDS_PER_TURN] * 4 + [0] or done == [COMMANDS_PER_TURN] * 4
+
+
+def test_a_frontend_that_talks_without_end_keeps_no_other_waiting() -> None:
+    loop, pairs = Loop(), [socket.socketpair() for _ in range(2)]
+    connections = [Connection(ours, Shouter(), loop) for ours, _ in pairs]
+    talker, modest = (theirs for _, theirs in pairs)
+    talker.setblocking(False)
+    modest.setblocking(False)
+    request = struct.pack("=3I", 18, 1, 8) + struct.pack("=2I", 0, 1)  # SET_VRING_ENABLE
+    answered = 0
+    for turn in range(50):
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                talker.send(request)
+                sent += 1
+        assert not turn or sent <= 2 * MESSAGES_PER_TURN  # as much as was taken
+        modest.send(struct.pack("=3I", 1, 1, 0))
+        loop.run_once(0)
+        with contextlib.suppress(BlockingIOError):
+            answered += len(modest.recv(4096)) // 20
+    assert answered >= 49 and not any(connection.closed for connection in connections)
+    for _, theirs in pairs:
+        theirs.close()
+    loop.run_once(0)
+    wait_until(loop, lambda: all(connection.closed for connection in connections))
+    loop.close()
 
 
 def test_a_polled_ring_leaves_no_timers_behind(tmp_path: Path) -> None:
