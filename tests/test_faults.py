@@ -295,7 +295,7 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", str(path)], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", str(path)], check=True, timeout=10)
 
 
 def test_a_capture_on_a_disk_that_gets_full_is_good_up_to_there_and_the_traffic_goes_on(

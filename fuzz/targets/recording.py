@@ -52,5 +52,12 @@ def _recording(source: Input) -> bytes:
         events += struct.pack("<BIII", kind, source.u16, count, len(strings)) + bytes(8 * numbers)
         lengths = [source.pick((len(s), len(s), len(s), 1 << 30)) for s in strings]
         events += struct.pack(f"<{len(lengths)}I", *lengths) + b"".join(strings)
-    packed = zlib.compress(events)
-    return content + packed[: source.pick((len(packed), len(packed), 5))]
+    at = 0
+    while at < len(events):
+        piece = events[at : at + source.pick((len(events), 100, 1))]
+        at += len(piece)
+        packed = zlib.compress(piece) if source.chance(2) else piece
+        packed = packed if len(packed) < len(piece) else piece
+        claimed = source.pick((len(piece), len(piece), len(piece), len(piece) + 1, 1 << 27, 0))
+        content += struct.pack("<II", len(packed), claimed) + packed
+    return content[: source.pick((len(content), len(content), len(content) - 1))]

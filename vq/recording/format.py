@@ -368,12 +368,15 @@ class _Stream:
 
     def take(self, length: int) -> bytes:
         """So many bytes; none where there are not so many any more."""
-        while len(self._have) - self._at < length:
-            piece = self._next_piece()
-            if not piece:
-                return b""
-            self._have = self._have[self._at :] + piece
-            self._at = 0
+        have = len(self._have) - self._at
+        if have < length:
+            pieces = [self._have[self._at :]]
+            while have < length:
+                pieces.append(self._next_piece())
+                if not pieces[-1]:
+                    return b""
+                have += len(pieces[-1])
+            self._have, self._at = b"".join(pieces), 0
         taken = self._have[self._at : self._at + length]
         self._at += length
         return taken
