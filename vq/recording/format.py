@@ -311,7 +311,7 @@ class RecordingReader:
         length = file.read(_LENGTH.size)
         size = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
         if size > _MOST_IN_HEADER:
-            raise CaptureError(f"{self.path} is damaged: a header of {size} bytes")
+            raise CaptureError(f"the recording's header cannot be read: it has {size} bytes")
         described = file.read(size)
         return Header.decode(described), file.tell()
 
