@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from vq.log_limit import LIMIT
 from vq.testing.transports import TRANSPORTS
 
 REQUIRED = os.environ.get("VQ_REQUIRE", "0") not in ("", "0")
@@ -33,6 +34,12 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"VQ_REQUIRE is set, but: {reason}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def fresh_log_limit() -> None:
+    """What earlier tests logged counts against nobody's limit."""
+    LIMIT.forget()
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)

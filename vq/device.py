@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,12 +20,13 @@ from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
 from vq.errors import DriverError, UsageError, VqError
+from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.split_ring import InflightLog, SplitRing
 
 __all__ = ["RING_FEATURES", "Device", "Queue", "Watch", "with_needs_met"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

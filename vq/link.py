@@ -13,6 +13,7 @@ Taps are links too; they live in modules of their own (`tap_linux`, `tap_bsd`).
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from vq.offload import ALL, Offload
 
 __all__ = [
     "MAX_FRAME",
+    "SHORT_OF_MEMORY",
     "BurstRoom",
     "Frame",
     "FrameBuffer",
@@ -40,6 +42,8 @@ FrameBuffer: TypeAlias = bytes | bytearray | memoryview
 Frame: TypeAlias = list[FrameBuffer]
 """``[virtio_net_hdr (12 bytes), piece of the frame, ...]``"""
 
+SHORT_OF_MEMORY = frozenset((errno.ENOBUFS, errno.ENOMEM))
+"""Errors that pass: the kernel has no memory just now. A link that reports one is not broken."""
 MAX_FRAME = 262144
 """The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 

@@ -24,7 +24,6 @@ What goes wrong in a handler, or in work that was left to a thread, makes the de
 from __future__ import annotations
 
 import ctypes
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 from vq.abi import feature_mask
 from vq.device import RING_FEATURES, Device, Queue, Watch
 from vq.errors import UsageError
+from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.request import Request, RequestGone
 from vq.split_ring import SplitRing
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # they take long to import, and few devices need them
 
 __all__ = ["DeviceModel", "Handler", "QueueSpec"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 Handler: TypeAlias = Callable[[Sequence[Request]], None]
 Work: TypeAlias = Coroutine[Any, Any, None]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,9 +34,10 @@ from vq.abi import (
 from vq.device import RING_FEATURES, Device, Queue, Watch
 from vq.errors import DriverError, UsageError
 from vq.link import Frame, Link, Port
+from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
-from vq.net_filter import BROADCAST, ReceiveFilter
+from vq.net_filter import BROADCAST, MAX_TABLE, ReceiveFilter
 from vq.net_receive import ReceiveWindow
 from vq.net_transmit import FrameMaker, Responder
 from vq.offload import (
@@ -55,12 +55,14 @@ __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
 """A locally administered unicast address, for devices whose maker did not choose one."""
 MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
+COMMANDS_PER_TURN = 8
+"""Each may be 64 KiB long, and make the link change its offloads by a system call."""
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
@@ -302,7 +304,15 @@ class NetDevice(Device):
         return more
 
     def _catch_up(self) -> None:
-        """Sees to the queues that wanted attention; not nested, however they call each other."""
+        """Sees to the queues that wanted attention; not nested, however they call each other.
+
+        Where others wait for their turn, so do these: two guests on one cable could otherwise keep
+        each other, and nobody else, busy without end.
+        """
+        if self.on_work_left is not None:
+            while self._interrupted:
+                self.on_work_left(self._interrupted.pop(0))
+            return
         if self._catching_up:
             return
         self._catching_up = True
@@ -363,10 +373,10 @@ class NetDevice(Device):
         self._active_pairs = pairs
         self._activate_ports()
         for index, window in self._windows.items():
-            if index < 2 * pairs:
-                self._interrupted.append(index)  # look for frames once this command is done
-            else:
+            if index >= 2 * pairs:
                 window.drop_pending("queue stopped")
+            elif index not in self._interrupted:
+                self._interrupted.append(index)  # look for frames once this command is done
 
     def set_guest_offloads(self, offloads: Offload) -> None:
         """What the guest takes undone from now on."""
@@ -410,7 +420,7 @@ class NetDevice(Device):
         """Takes over what `save_state` gave. Raises `UsageError` for anything else."""
         try:
             self._load(json.loads(state))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UsageError(f"this is not a network device's state: {error!r}") from None
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -422,12 +432,19 @@ class NetDevice(Device):
         )
         filters.unicast, filters.multicast = unicast, multicast
         filters.vlans = None if state["vlans"] is None else set(map(int, state["vlans"]))
-        pairs = int(state["pairs"])
-        if len(filters.mac) != 6 or not 1 <= pairs <= self._max_pairs:
+        pairs, offloads = int(state["pairs"]), Offload(int(state["offloads"]))
+        # No more than a driver could have set here: a peer's word is no reason to hold more.
+        if max(len(unicast), len(multicast)) > MAX_TABLE:
+            raise ValueError(f"more than {MAX_TABLE} addresses")
+        if any(len(address) != 6 for address in (filters.mac, *unicast, *multicast)):
+            raise ValueError("an address that is not 6 bytes long")
+        if any(not 0 <= vlan <= 0xFFF for vlan in filters.vlans or ()):
+            raise ValueError("a VLAN that cannot be")
+        if filters.mac[0] & 1 or not 1 <= pairs <= self._max_pairs:
             raise ValueError("an address or a number of queue pairs that cannot be")
         self.filter = filters
         self._config.mac[:] = filters.mac
-        self._guest_offloads = Offload(int(state["offloads"])) & self._guest_offloads
+        self._guest_offloads &= offloads
         self._active_pairs = pairs
         self._activate_ports()
         self._configure_receiving()
@@ -450,6 +467,8 @@ class NetDevice(Device):
             chains = ring.pop_burst(BURST)
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
+                if burst.left:
+                    ring.undo_pop(burst.left)
                 blocked = not self._send(queue, ring, burst.frames, burst.owners)
                 if self._holds(queue, ring):
                     ring.write_used_burst(burst.dropped)
@@ -463,6 +482,8 @@ class NetDevice(Device):
                     raise burst.fault
                 if blocked:
                     return False
+                if burst.left:
+                    return True  # that was more than a turn's work
             elif not ring.enable_kicks():
                 return False
             else:
@@ -725,7 +746,7 @@ class NetDevice(Device):
     # --- the control queue (virtio 1.3, 5.1.6.5) --------------------------------------------------
 
     def _control(self, queue: Queue, ring: SplitRing) -> bool:
-        chains = ring.pop_burst(BURST)
+        chains = ring.pop_burst(COMMANDS_PER_TURN)
         for chain in chains:
             if not chain.writable:
                 ring.write_used(chain)

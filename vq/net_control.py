@@ -19,7 +19,7 @@ from vq.abi import (
     CtrlVlan,
     NetFeature,
 )
-from vq.net_filter import ReceiveFilter
+from vq.net_filter import MAX_TABLE, ReceiveFilter
 from vq.offload import Offload, features_for_guest, guest_offloads
 
 __all__ = ["MAX_COMMAND", "Controlled", "carry_out"]
@@ -96,7 +96,9 @@ def _set_addresses(device: Controlled, command: int, data: bytes) -> bool:
         end = 4 + ADDRESS * int.from_bytes(data[:4], "little")
         if len(data) < end:
             return False
-        tables.append([data[start : start + ADDRESS] for start in range(4, end, ADDRESS)])
+        # One more than are kept tells that there are too many.
+        last = min(end, 4 + ADDRESS * (MAX_TABLE + 1))
+        tables.append([data[start : start + ADDRESS] for start in range(4, last, ADDRESS)])
         data = data[end:]
     if data:
         return False

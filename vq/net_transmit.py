@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
-from vq.link import Frame, Link
+from vq.link import MAX_FRAME, Frame, Link
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
@@ -27,13 +27,16 @@ Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
 The pieces are views of guest memory, whose bytes may change between two looks at them.
 """
 _ETHERNET = 14
+_MAX_FRAMES = 1024
+"""Frames of one burst, unless one chain alone makes more. Segments cut in software count: a guest
+must not have tens of thousands of them made in one go."""
 _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
 
 
 class Burst:
     """A burst of chains turned into frames."""
 
-    __slots__ = ("answers", "dropped", "fault", "frames", "owners")
+    __slots__ = ("answers", "dropped", "fault", "frames", "left", "owners")
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -45,6 +48,8 @@ class Burst:
         """Frames for the guest, from responders."""
         self.fault: DriverError | None = None
         """A rule that a chain broke, to be raised once the others are dealt with."""
+        self.left: Sequence[Chain] = ()
+        """The last of the chains, not looked at: the frames of those before were enough."""
 
 
 class FrameMaker:
@@ -115,12 +120,19 @@ class FrameMaker:
                 owners.append(chain)
             else:
                 self._take_undone(burst, chain, frame)
+                if len(frames) > _MAX_FRAMES:
+                    burst.left = chains[chains.index(chain) + 1 :]
+                    break
         return burst
 
     def _take_undone(self, burst: Burst, chain: Chain, frame: Frame) -> None:
         """Checks a frame that leaves work undone, and does the part that the link does not do."""
+        length = sum(map(len, frame[1:]))
+        if length > MAX_FRAME:  # a chain may name 4 GiB, and the work is done before a link refuses
+            self._drop(burst, chain, "too long")
+            return
         try:
-            checked = check_frame(frame, sum(map(len, frame[1:])), self.allowed)
+            checked = check_frame(frame, length, self.allowed)
             if self._responders and self._answered(burst, chain, checked):
                 return
             finished = finish(checked, self._link.accepts)

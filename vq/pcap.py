@@ -501,6 +501,8 @@ _DIRECTIONS = {1: True, 2: False}
 
 # A block that is read as a whole: a frame of the largest size and room for plenty of options.
 _MAX_BLOCK = 1 << 20
+_MAX_INTERFACES = 1 << 16
+"""All of a section's are kept in memory, for the frames that name them."""
 
 
 @dataclass(slots=True)
@@ -521,6 +523,8 @@ def _read_pcapng(source: _Source) -> Iterator[CapturedFrame]:
                 raise source.error(f"pcapng version {major} is not known; 1 is the usual one")
             interfaces = []
         elif kind == _INTERFACE_DESCRIPTION:
+            if len(interfaces) == _MAX_INTERFACES:
+                raise source.error(f"{source.place} is one interface too many: {_MAX_INTERFACES}")
             interfaces.append(_read_interface(source, order, body))
         elif kind == _SIMPLE_PACKET:
             yield _read_simple_packet(source, order, body, interfaces)

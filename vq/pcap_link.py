@@ -8,13 +8,13 @@ files' formats are `vq.pcap`'s business.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import CaptureError, UsageError
 from vq.link import Frame, FrameBuffer, Link, Port, Room, scatter
+from vq.log_limit import limited_logger
 from vq.offload import Offload
 from vq.packet import copy_range
 from vq.pcap import (
@@ -29,7 +29,7 @@ from vq.software import PLAIN_HEADER
 
 __all__ = ["CaptureLink", "PcapLink"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 _ETHERNET_HEADER = 14
 

@@ -94,6 +94,9 @@ def _make_device(session: Replay, args: argparse.Namespace, stack: ExitStack) ->
             f"the recording does not say how its device is made: name it with --device"
             f" ({session.header.device})"
         )
+    if not args.device and ":" in words[0]:
+        # Recordings come from others: no module is imported because one of them names it.
+        raise UsageError(f"the recording is of {words[0]}: name it with --device {words[0]}")
     kind, options = serve.parse(words[0], words[1:])
     if not args.device and not kind.needs_nothing_of_the_host:
         raise UsageError(

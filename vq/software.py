@@ -31,6 +31,8 @@ MIN_TCP_GSO_SIZE = 8
 
 Without a limit a guest could have tens of thousands of segments made out of one frame.
 """
+MAX_TCP_SEGMENTS = 1024
+"""With 64 bytes each they make a frame of 64 KiB; no real path has a smaller MSS (Linux: 88)."""
 MAX_UDP_SEGMENTS = 128
 """As Linux has it (`UDP_MAX_SEGMENTS`)."""
 MAX_GSO_HEADERS = 512
@@ -148,7 +150,9 @@ def finish(frame: _Frame, accepts: Offload) -> list[_Frame]:
 
 def _finish_gso(frame: _Frame, accepted: int) -> list[_Frame]:
     header, pieces = frame[0], frame[1:]
-    _, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    flags, gso_type, _, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack(header)
+    if not flags & _NEEDS_CSUM:  # no guest may be given it so either (virtio 1.3, 5.1.6.4.1)
+        raise HeaderLie("gso without csum")
     wanted = _GSO_OFFLOADS.get(gso_type, 0)
     if wanted and accepted & wanted == wanted:
         return [frame]
@@ -251,6 +255,7 @@ def _usual_tcp(
         or end > min(len(start), MAX_GSO_HEADERS)
         or total + _ETHERNET_HEADER != length
         or gso_size < MIN_TCP_GSO_SIZE
+        or length - end > gso_size * MAX_TCP_SEGMENTS
         or end - _ETHERNET_HEADER + min(gso_size, length - end) > 0xFFFF
     ):
         return None
@@ -318,7 +323,7 @@ def _check_gso_size(packet: Packet, gso_size: int) -> None:
     if packet.l4_protocol == packets.IPPROTO_UDP:
         too_small = payload > gso_size * MAX_UDP_SEGMENTS
     else:
-        too_small = gso_size < MIN_TCP_GSO_SIZE
+        too_small = gso_size < MIN_TCP_GSO_SIZE or payload > gso_size * MAX_TCP_SEGMENTS
     if too_small:
         raise HeaderLie("gso size too small")
     if packet.header_length - packet.l2_length + min(gso_size, payload) > 0xFFFF:

@@ -50,6 +50,12 @@ __all__ = ["Chain", "InflightLog", "SplitRing"]
 _DESCRIPTOR = struct.Struct("<QIHH")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
+_MAX_WALK = 1 << 15
+"""Descriptors and buffers of one burst, unless one chain alone has more: with indirect tables 64
+chains could have two million."""
+_MAX_PIECES = 1 << 16
+"""Pieces of memory in one chain. Its descriptors cannot be more than 32,768, but each could lie
+over all regions of a guest's memory that a frontend laid out in small ones."""
 _MAX_TABLE_BYTES = 16 << 16  # as far as next, 16 bits wide, reaches into an indirect table
 _NO_VIEWS: tuple[memoryview, ...] = ()
 
@@ -194,6 +200,7 @@ class SplitRing:
         self._order: deque[Chain] = deque()  # IN_ORDER: popped chains, oldest first
         self._completed: set[int] = set()  # IN_ORDER: heads that wait for an older chain
         self._inflight_log = inflight_log
+        self._walked = 0  # descriptors and buffers of the chains followed in the present burst
 
     def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
         if gpa % align:
@@ -335,6 +342,7 @@ class SplitRing:
         append = chains.append
         outstanding = self._outstanding
         size = self.size
+        self._walked = 0
         base, limit, view = self._window
         chain: Chain
         try:
@@ -366,6 +374,8 @@ class SplitRing:
                     base, limit, view = self._window
                 outstanding[head] = chain
                 append(chain)
+                if self._walked > _MAX_WALK:
+                    break  # enough for one burst
         except DriverError as error:
             if not chains:
                 self._consume(error.head, resubmitted)
@@ -497,6 +507,7 @@ class SplitRing:
             elif length:
                 pieces.append(view[offset:end])
             if not flags & DESC_F_NEXT:
+                self._walked += walked + len(readable) + len(writable)
                 chain = _Walked(head, readable, writable)
                 chain.descriptors = direct if indirect else walked
                 return chain
@@ -544,6 +555,8 @@ class SplitRing:
             raise self._bad(
                 f"a buffer is not in the guest's memory: {error}", head, "2.7.5"
             ) from None
+        if len(pieces) > _MAX_PIECES:
+            raise self._bad(f"a chain of more than {_MAX_PIECES} pieces of memory", head, "2.7.5")
         self._window = self._window_at(addr)  # the next one is probably there, too
 
     def _window_at(self, gpa: int) -> tuple[int, int, memoryview]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
-from vq.link import Frame, FrameBuffer, Link, Port, Room, scatter
+from vq.link import SHORT_OF_MEMORY, Frame, FrameBuffer, Link, Port, Room, scatter
 from vq.offload import Offload
 from vq.unix_socket import Listener, connect
 
@@ -36,6 +36,7 @@ BURST_BYTES = 1 << 18
 """How much one system call is asked to send: about what a socket's buffer holds."""
 PLAIN_HEADER = bytes(NET_HDR_SIZE)
 RETRY_SECONDS = 1.0
+SHORT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class StreamLink(Link):
@@ -145,6 +146,10 @@ class StreamLink(Link):
                 raise OSError(errno.ENOTCONN, f"{self.name} is closed")
         except (BlockingIOError, ConnectionError, FileNotFoundError, UsageError):
             return None
+        except OSError as error:
+            if error.errno not in SHORT_OF_DESCRIPTORS | SHORT_OF_MEMORY:
+                raise
+            return None  # the peer waits in the socket's queue
         return self._connection
 
 
@@ -208,10 +213,12 @@ class StreamPort(Port):
         if self._unsent:
             try:
                 sent = connection.send(self._unsent)
-            except BlockingIOError:
-                return False
             except ConnectionError:
                 sent = len(self._unsent)
+            except OSError as error:
+                if not _passes(error):
+                    raise
+                return False
             self._unsent = self._unsent[sent:]
         return not self._unsent
 
@@ -244,7 +251,9 @@ class StreamPort(Port):
             return len(ends), False
         try:
             sent = connection.sendmsg(pieces)
-        except BlockingIOError:
+        except OSError as error:
+            if not _passes(error):
+                raise
             sent = 0
         if sent == total:
             return len(ends), False
@@ -276,9 +285,9 @@ class StreamPort(Port):
                     if outcome is None:
                         break
                     moved += outcome
-        except BlockingIOError:
-            pass
         except OSError as error:
+            if _passes(error):
+                return moved
             if not self._link._hang_up():
                 if not moved:
                     raise
@@ -352,6 +361,11 @@ class StreamPort(Port):
             errno.ECONNRESET,
             f"the peer of {self._link.name} hung up" + (" within a frame" if within else ""),
         )
+
+
+def _passes(error: OSError) -> bool:
+    """Whether the socket is only full or empty, or the kernel short of memory, for now."""
+    return isinstance(error, BlockingIOError) or error.errno in SHORT_OF_MEMORY
 
 
 def _first_bytes(views: Sequence[memoryview], size: int) -> list[memoryview] | None:

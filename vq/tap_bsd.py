@@ -29,7 +29,7 @@ from vq.abi import NET_HDR, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.ioctl import Direction
 from vq.ioctl import bsd as _number
-from vq.link import Frame, FrameBuffer, Link, Port, Room, scatter
+from vq.link import SHORT_OF_MEMORY, Frame, FrameBuffer, Link, Port, Room, scatter
 from vq.offload import (
     FreeBsdCap,
     Offload,
@@ -193,7 +193,8 @@ class BsdTapPort(Port):
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno == errno.EHOSTDOWN:  # FreeBSD: the interface is not up yet
+                # EHOSTDOWN, FreeBSD: the interface is not up yet
+                if error.errno == errno.EHOSTDOWN or error.errno in SHORT_OF_MEMORY:
                     break
                 raise
             if length < ETHER_HEADER:

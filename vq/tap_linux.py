@@ -28,7 +28,7 @@ from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
-from vq.link import MAX_FRAME, BurstRoom, Frame, Link, Port, Room, scatter
+from vq.link import MAX_FRAME, SHORT_OF_MEMORY, BurstRoom, Frame, Link, Port, Room, scatter
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
 __all__ = ["LinuxTap", "LinuxTapPort"]
@@ -149,6 +149,8 @@ class LinuxTapPort(Port):
             except BlockingIOError:
                 break
             except OSError as error:
+                if error.errno in SHORT_OF_MEMORY:
+                    break  # the frame waits in the kernel
                 if error.errno != errno.EINVAL or len(views) <= IOV_MAX - 2:
                     raise
                 try:
@@ -188,8 +190,8 @@ class LinuxTapPort(Port):
                 append(length)
         except BlockingIOError:
             pass
-        except OSError:
-            if not lengths:
+        except OSError as error:
+            if not lengths and error.errno not in SHORT_OF_MEMORY:
                 raise
         if lengths:
             if max(lengths) > NET_HDR_SIZE + longest:
@@ -207,7 +209,7 @@ class LinuxTapPort(Port):
                 self.dropped["bad header"] += 1
         elif error.errno == errno.EMSGSIZE:
             self.dropped["too long"] += 1
-        elif error.errno in (errno.ENOBUFS, errno.ENOMEM):
+        elif error.errno in SHORT_OF_MEMORY:
             self.dropped["no memory"] += 1
         elif error.errno == errno.EIO:  # tun.c: what a write gives while the interface is down
             self.dropped["interface down"] += 1

@@ -21,6 +21,7 @@ from vq import packet as packets
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import VqError
 from vq.packet import Buffer, Packet
+from vq.software import MAX_GSO_HEADERS
 
 __all__ = [
     "TUN_HDR",
@@ -83,6 +84,8 @@ class TunHdrLie(VqError):
     "tso without csum"         TCP_MSS without TCP_CSUM
     "tso size zero"            TCP_MSS, and th_mss is 0
     "tso ip length"            TCP_MSS, and bytes follow the IP packet in the frame
+    "tso headers"              TCP_MSS, and headers that no segment can have: a fragment's, or an
+                               authentication header, or more than 512 bytes of them
     "headers broken"           the frame's own headers are truncated or contradict each other
     "csum of a fragment"       a transport checksum, and the frame is an IP fragment
     "csum wrong protocol"      the checksum of another protocol than the frame's
@@ -229,6 +232,12 @@ def _segmented_header(
         raise TunHdrLie("tso size zero")
     if packet.l3_end != packet.length:
         raise TunHdrLie("tso ip length")
+    if (
+        packets.IPPROTO_FRAGMENT in packet.extensions
+        or packets.IPPROTO_AH in packet.extensions
+        or packet.header_length > MAX_GSO_HEADERS
+    ):
+        raise TunHdrLie("tso headers")
     start, offset = _leave_pseudo_sum(packet, pieces, transport)
     if packet.length - packet.header_length <= mss:
         # One segment is no segmentation, and a guest may refuse it as such.

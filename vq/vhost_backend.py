@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from vq.abi import MAX_QUEUE_SIZE, Status, bits, feature_mask, ring_layout
 from vq.device import Device, with_needs_met
 from vq.errors import FrontendError, UsageError
 from vq.inflight import InflightRegion
+from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
 from vq.memory import DirtyLog, GuestMemory, Region
 from vq.vhost_channel import Channel, Transfer, close_fd
@@ -52,7 +52,7 @@ from vq.vhost_message import (
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_MEM_SLOTS = 256
 """Regions at most; each takes a descriptor of this process."""

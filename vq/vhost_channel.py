@@ -7,19 +7,19 @@ descriptor, for migration. Both own their descriptor and watch it with the conne
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Callable
 
 from vq.errors import FrontendError, VqError
+from vq.log_limit import limited_logger
 from vq.loop import Loop
 from vq.vhost_message import BackendRequest, Decoder, Message, encode
 
 __all__ = ["Channel", "Transfer", "close_fd"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MAX_STATE = 1 << 24
 """Bytes of a device's saved state that are taken at most."""
@@ -158,6 +158,10 @@ class Transfer:
             self._loop.watch(self._fd, **watch)
         except (OSError, VqError) as error:
             log.warning("the device's state did not get across: %s", error)
+            self._finish(failed=True)
+        except Exception:
+            # A fault of the model's must not become the death of every other guest's device.
+            log.exception("the device model failed on a state")
             self._finish(failed=True)
         else:
             self._finish(failed=False)

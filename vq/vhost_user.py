@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import array
 import functools
-import logging
 import os
 import socket
 from collections import deque
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from vq.device import Device, Watch
 from vq.errors import FrontendError, UsageError
+from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
 from vq.unix_socket import Listener, connect
 from vq.vhost_backend import Backend, choose_offered
@@ -28,7 +28,7 @@ from vq.vhost_message import MAX_FDS, Decoder, Message, encode
 
 __all__ = ["Client", "Connection", "Server", "watch_device"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 MESSAGES_PER_TURN = 32
 """Messages taken from one socket in a turn, so that a talkative frontend does not stop others."""

@@ -11,7 +11,6 @@ cache (virtio 1.3, 5.2.6.2) a write is answered when it is on the disk.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -33,13 +32,14 @@ from vq.abi_block import (
 )
 from vq.device import RING_FEATURES
 from vq.devices.block_image import Image
+from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.packet import cut
 from vq.request import Request, Writer, blank
 
 __all__ = ["BlockDevice"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 Views: TypeAlias = Sequence[memoryview]
 Work: TypeAlias = Callable[[], None]

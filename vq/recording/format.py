@@ -49,6 +49,9 @@ _LENGTH = struct.Struct("<I")
 _EVENT = struct.Struct("<BIII")
 _MOST_IN_EVENT = 1 << 28
 """Bytes of one event at most; no burst of requests comes near."""
+_MOST_NUMBERS = 1 << 22
+"""Numbers and strings of one event at most; each takes many times its bytes in memory."""
+_MOST_IN_HEADER = 1 << 20
 _MOST_WAITING = 64 << 20
 """Bytes that wait for the disk at most; then the device waits, too."""
 _SECONDS_BETWEEN_FLUSHES = 0.2
@@ -181,8 +184,16 @@ class Header:
         try:
             fields = json.loads(data)
             fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+            header = cls(**fields)
+            words = [header.device, header.began, *header.from_outside, *header.served]
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("a word that is none")
+            if not all(isinstance(number, int) for number in (header.device_id, header.features)):
+                raise TypeError("a number that is none")
+            if not isinstance(header.link, dict | None):
+                raise TypeError("a link that is none")
+            return header
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
 
 
@@ -310,7 +321,10 @@ class RecordingReader:
         if magic != _MAGIC:
             raise CaptureError(f"{self.path} is a recording of another version of vq")
         length = file.read(_LENGTH.size)
-        described = file.read(_LENGTH.unpack(length)[0]) if len(length) == _LENGTH.size else b""
+        size = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
+        if size > _MOST_IN_HEADER:
+            raise CaptureError(f"the recording's header cannot be read: it has {size} bytes")
+        described = file.read(size)
         return Header.decode(described), file.tell()
 
     def __iter__(self) -> Iterator[Event]:
@@ -332,8 +346,8 @@ class RecordingReader:
     def _read_event(
         self, stream: _Stream, kind: int, seconds: float, numbers: int, strings: int
     ) -> Event | None:
-        if 8 * numbers + 4 * strings > _MOST_IN_EVENT:
-            raise CaptureError(f"{self.path} is damaged: an event of {numbers} numbers")
+        if numbers + strings > _MOST_NUMBERS:
+            raise CaptureError(f"{self.path} is damaged: an event of {numbers + strings} parts")
         packed = stream.take(8 * numbers + 4 * strings)
         if len(packed) < 8 * numbers + 4 * strings:
             return None
@@ -370,12 +384,15 @@ class _Stream:
 
     def take(self, length: int) -> bytes:
         """So many bytes; none where there are not so many any more."""
-        while len(self._have) - self._at < length:
-            piece = self._next_piece()
-            if not piece:
-                return b""
-            self._have = self._have[self._at :] + piece
-            self._at = 0
+        have = len(self._have) - self._at
+        if have < length:
+            pieces = [self._have[self._at :]]
+            while have < length:
+                pieces.append(self._next_piece())
+                if not pieces[-1]:
+                    return b""
+                have += len(pieces[-1])
+            self._have, self._at = b"".join(pieces), 0
         taken = self._have[self._at : self._at + length]
         self._at += length
         return taken
