@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 KINDS = {
     "net": ("vq.serve.net:NetKind", "a network device"),
+    "console": ("vq.serve.console:ConsoleKind", "a console device"),
     "rng": ("vq.serve.rng:RngKind", "an entropy device"),
 }
 """For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""

@@ -168,10 +168,11 @@ class UmlGuest(Guest):
     """User-Mode Linux.
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
-    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `arguments` go to the
-    kernel's command line, and `prefix` is a command that runs it (as `Namespace.argv` gives). The
-    guest is killed when it has not booted after `boot_timeout` seconds, and after `lifetime`
-    seconds in any case.
+    each by now. `mem` is the guest's memory as the kernel takes it ("128M"). `modules` are further
+    kernel modules to load, and `programs` further programs of this machine to have, with the
+    packages that they are in. `arguments` go to the kernel's command line, and `prefix` is a
+    command that runs it (as `Namespace.argv` gives). The guest is killed when it has not booted
+    after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
 
     def __init__(
@@ -179,19 +180,21 @@ class UmlGuest(Guest):
         devices: Sequence[tuple[str | Path, int]] = (),
         *,
         mem: str = "128M",
+        modules: Sequence[str] = (),
+        programs: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 30,
         lifetime: float = 600,
     ) -> None:
         self._linux = find_program("linux.uml", package="user-mode-linux")
-        release, modules = _uml_modules()
+        release, directory = _uml_modules()
         self._initrd = shell_initramfs(
             release=release,
-            modules_from=modules,
-            load=("virtio_net", "ipv6"),
+            modules_from=directory,
+            load=("virtio_net", "ipv6", *modules),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("tty1", 4, 1),
         )
         self._mem = mem
@@ -234,6 +237,8 @@ class QemuGuest(Guest):
         cpus: int = 1,
         queue_pairs: int = 1,
         card: str = "",
+        modules: Sequence[str] = (),
+        programs: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         boot_timeout: float = 90,
         lifetime: float = 900,
@@ -245,15 +250,17 @@ class QemuGuest(Guest):
             "cpus": cpus,
             "queue_pairs": queue_pairs,
             "card": card,
+            "modules": modules,
+            "programs": programs,
         }
         self._qemu = find_program("qemu-system-x86_64", package="qemu-system-x86")
         self._kernel = find_kernel()
         self._initrd = shell_initramfs(
             release=self._kernel.release,
             modules_from=self._kernel.modules,
-            load=("virtio_pci", "virtio_net", "ipv6"),
+            load=("virtio_pci", "virtio_net", "ipv6", *modules),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("ttyS1", 4, 65),
         )
         self._mem, self._cpus = mem, cpus
@@ -354,8 +361,9 @@ class QemuGuest(Guest):
         return answer["return"]
 
 
-def _guest_programs() -> dict[str, str]:
-    return {name: find_program(name, package=package) for name, package in PROGRAMS.items()}
+def _guest_programs(others: Mapping[str, str] | None) -> dict[str, str]:
+    wanted = {**PROGRAMS, **(others or {})}
+    return {name: find_program(name, package=package) for name, package in wanted.items()}
 
 
 def _uml_modules() -> tuple[str, Path]:
