@@ -29,7 +29,7 @@ from vq.model import DeviceModel
 from vq.request import Reader, Writer
 from vq.unix_socket import Listener
 
-__all__ = ["FileEnd", "HostEnd", "PtyEnd", "UnixEnd", "host_end"]
+__all__ = ["FileEnd", "HostEnd", "PtyEnd", "UnixEnd", "host_end", "hung_up"]
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class UnixEnd(_StreamEnd):
         self._changed()
 
     def _input_ended(self) -> None:
-        if _hung_up(self._fd):
+        if hung_up(self._fd):
             self._peer_gone(None)
         else:
             self._input_over = True
@@ -213,7 +213,7 @@ class UnixEnd(_StreamEnd):
     def _look_for_peer(self) -> None:
         if not self.is_connected:
             self._accepting.want(reading=True)
-        elif _hung_up(self._fd):
+        elif hung_up(self._fd):
             self._peer_gone(None)
         elif self._watch is not None and not self._watch.reading:
             self._look.set(LOOK_SECONDS)
@@ -282,7 +282,7 @@ class PtyEnd(_StreamEnd):
     def _look_around(self) -> None:
         """Sees who is there, and how large their window is."""
         self._look.set(LOOK_SECONDS)
-        there = not _hung_up(self._fd)
+        there = not hung_up(self._fd)
         if there and not self.is_connected:
             with contextlib.suppress(OSError, termios.error):
                 tty.setraw(self._fd)  # a BSD's terminal is as new each time that it is opened
@@ -396,7 +396,7 @@ def host_end(text: str) -> HostEnd:
     raise UsageError(f"{text!r}: an end is pty, pty:LINK, unix:PATH or file:PATH")
 
 
-def _hung_up(fd: int) -> bool:
+def hung_up(fd: int) -> bool:
     """Whether the other side is closed, and all that came from it read."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
