@@ -1,6 +1,6 @@
 """The authoring interface: a device model from a few declarations and a handler for each queue.
 
-A model derives from `DeviceModel`, says what it is, and handles bursts of `Request`s::
+A model derives from `DeviceModel`, says what it is, and handles bursts of requests (`Request`)::
 
     class Entropy(DeviceModel):
         device_id = DeviceId.ENTROPY

@@ -23,7 +23,7 @@ from vq.serve import transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
 
-__all__ = ["KINDS", "add_arguments", "run"]
+__all__ = ["KINDS", "add_arguments", "parse", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises `UsageError` and `OSError` for what keeps it from beginning to serve.
     """
-    kind, args = _parse(args.device, args.options)
+    kind, args = parse(args.device, args.options)
     transport.check(args, needed=kind.sockets_needed(args))
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO,
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
+def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
     """The kind of device that `word` stands for, and what its options say."""
     if ":" in word:
         from vq.serve.custom import CustomKind
