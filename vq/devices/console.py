@@ -141,20 +141,22 @@ class ConsoleDevice(DeviceModel):
         """Moves what the guest has written, as far as the host takes it."""
         end = port.end
         budget = TURN_BYTES
-        while end.is_connected and (port.kept or port.unsent) and budget > 0:
+        while end.is_listening and (port.kept or port.unsent) and budget > 0:
             if port.kept:
                 count = end.send(memoryview(bytes(port.kept[:budget])))
                 del port.kept[:count]
-            elif port.unsent[0].reader.remaining:
-                count = end.drain(port.unsent[0].reader)
+                full = not count
             else:
-                port.unsent.popleft().complete(0)
-                continue
-            if not count:  # full, or gone
+                reader = port.unsent[0].reader
+                count = end.drain(reader) if reader.remaining else 0
+                full = reader.remaining > 0 and not count
+                if not reader.remaining and port.unsent:  # else let go of: nobody is there now
+                    port.unsent.popleft().complete(0)
+            if full:
                 break
             budget -= count
             self.stats["to_host_bytes"] += count
-        if not end.is_connected:
+        if not end.is_listening:
             self._unheard(port)
         elif budget <= 0:
             port.again.set(0)

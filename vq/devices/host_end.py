@@ -77,6 +77,11 @@ class HostEnd(ABC):
         self._readable, self._writable, self._changed = readable, writable, changed
         self._begin(model)
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether what is written now gets to a peer: it may be gone with input of it unread."""
+        return self.is_connected
+
     @abstractmethod
     def _begin(self, model: DeviceModel) -> None:
         """Starts to wait for a peer."""
@@ -274,6 +279,11 @@ class PtyEnd(_StreamEnd):
         self._fd = fd
         self._link = link
 
+    @property
+    def is_listening(self) -> bool:
+        """See `HostEnd`. What is written to a terminal that nobody has open is lost."""
+        return self.is_connected and not _events(self._fd) & select.POLLHUP
+
     def _begin(self, model: DeviceModel) -> None:
         self._watch = model.watch(self._fd, readable=self._readable, writable=self._writable)
         self._look = model.alarm(self._look_around)
@@ -398,12 +408,14 @@ def host_end(text: str) -> HostEnd:
 
 def hung_up(fd: int) -> bool:
     """Whether the other side is closed, and all that came from it read."""
+    events = _events(fd)
+    return bool(events & select.POLLHUP) and not (events & select.POLLIN and _bytes_waiting(fd))
+
+
+def _events(fd: int) -> int:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    events = dict(poll.poll(0)).get(fd, 0)
-    if not events & select.POLLHUP:
-        return False
-    return not events & select.POLLIN or not _bytes_waiting(fd)
+    return dict(poll.poll(0)).get(fd, 0)
 
 
 def _bytes_waiting(fd: int) -> int:
