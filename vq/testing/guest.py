@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from vq.errors import VqError
@@ -168,10 +168,10 @@ class UmlGuest(Guest):
     """User-Mode Linux.
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
-    each by now. `mem` is the guest's memory as the kernel takes it ("128M"). `modules` are further
-    kernel modules to load, and `programs` further programs of this machine to have, with the
-    packages that they are in. `arguments` go to the kernel's command line, and `prefix` is a
-    command that runs it (as `Namespace.argv` gives). The guest is killed when it has not booted
+    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
+    to load beside those for the network, and `programs` programs of this machine to bring along
+    with the packages that they are in; `arguments` go to the kernel's command line, and `prefix` is
+    a command that runs it (as `Namespace.argv` gives). The guest is killed when it has not booted
     after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
 
@@ -180,19 +180,19 @@ class UmlGuest(Guest):
         devices: Sequence[tuple[str | Path, int]] = (),
         *,
         mem: str = "128M",
-        modules: Sequence[str] = (),
-        programs: Mapping[str, str] | None = None,
+        load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 30,
         lifetime: float = 600,
     ) -> None:
         self._linux = find_program("linux.uml", package="user-mode-linux")
-        release, directory = _uml_modules()
+        release, modules = _uml_modules()
         self._initrd = shell_initramfs(
             release=release,
-            modules_from=directory,
-            load=("virtio_net", "ipv6", *modules),
+            modules_from=modules,
+            load=("virtio_net", "ipv6", *load),
             modules=MODULES,
             programs=_guest_programs(programs),
             console=("tty1", 4, 1),
@@ -225,8 +225,8 @@ class QemuGuest(Guest):
 
     `sockets` are paths of vhost-user sockets on which a device listens. `queue_pairs` is the number
     that each card is created with, `cpus` that of the guest's processors. `card` adds properties to
-    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU. The rest is as with `UmlGuest`, but for
-    `moved_from`, which `move` uses.
+    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance. The rest is as
+    with `UmlGuest`, but for `moved_from`, which `move` uses.
     """
 
     def __init__(
@@ -237,8 +237,8 @@ class QemuGuest(Guest):
         cpus: int = 1,
         queue_pairs: int = 1,
         card: str = "",
-        modules: Sequence[str] = (),
-        programs: Mapping[str, str] | None = None,
+        load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         boot_timeout: float = 90,
         lifetime: float = 900,
@@ -250,7 +250,7 @@ class QemuGuest(Guest):
             "cpus": cpus,
             "queue_pairs": queue_pairs,
             "card": card,
-            "modules": modules,
+            "load": load,
             "programs": programs,
         }
         self._qemu = find_program("qemu-system-x86_64", package="qemu-system-x86")
@@ -258,7 +258,7 @@ class QemuGuest(Guest):
         self._initrd = shell_initramfs(
             release=self._kernel.release,
             modules_from=self._kernel.modules,
-            load=("virtio_pci", "virtio_net", "ipv6", *modules),
+            load=("virtio_pci", "virtio_net", "ipv6", *load),
             modules=MODULES,
             programs=_guest_programs(programs),
             console=("ttyS1", 4, 65),
@@ -361,8 +361,8 @@ class QemuGuest(Guest):
         return answer["return"]
 
 
-def _guest_programs(others: Mapping[str, str] | None) -> dict[str, str]:
-    wanted = {**PROGRAMS, **(others or {})}
+def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
+    wanted = {**PROGRAMS, **more}
     return {name: find_program(name, package=package) for name, package in wanted.items()}
 
 
