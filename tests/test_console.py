@@ -17,12 +17,14 @@ import pytest
 from device_world import DeviceWorld
 
 from vq.abi import (
+    Feature,
+    Status,
+)
+from vq.abi_console import (
     ConsoleConfig,
     ConsoleControl,
     ConsoleEvent,
     ConsoleFeature,
-    Feature,
-    Status,
 )
 from vq.device import RING_FEATURES
 from vq.devices import console, host_end

@@ -17,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vq.abi import Feature, Status, VsockFeature, VsockOp, VsockShutdown, VsockType
+from vq.abi import (
+    Feature,
+    Status,
+)
+from vq.abi_vsock import (
+    VsockFeature,
+    VsockOp,
+    VsockShutdown,
+    VsockType,
+)
 from vq.devices import vsock
 from vq.devices.vsock import VsockDevice
 from vq.devices.vsock_connection import Header

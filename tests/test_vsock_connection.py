@@ -16,7 +16,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from vq.abi import VsockHdr, VsockOp, VsockShutdown, VsockType
+from vq.abi_vsock import (
+    VsockHdr,
+    VsockOp,
+    VsockShutdown,
+    VsockType,
+)
 from vq.devices.vsock_connection import Connection, Header, State
 
 OURS, THEIRS = (2, 1000), (42, 2000)

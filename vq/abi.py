@@ -30,13 +30,6 @@ __all__ = [
     "NET_HDR_SIZE",
     "USED_ALIGN",
     "USED_F_NO_NOTIFY",
-    "VSOCK_CID_HOST",
-    "VSOCK_HDR",
-    "VSOCK_HDR_SIZE",
-    "ConsoleConfig",
-    "ConsoleControl",
-    "ConsoleEvent",
-    "ConsoleFeature",
     "CtrlAnnounce",
     "CtrlClass",
     "CtrlGuestOffloads",
@@ -58,14 +51,6 @@ __all__ = [
     "VringDesc",
     "VringUsedElem",
     "VringUsedHeader",
-    "VsockConfig",
-    "VsockEvent",
-    "VsockEventId",
-    "VsockFeature",
-    "VsockHdr",
-    "VsockOp",
-    "VsockShutdown",
-    "VsockType",
     "bits",
     "feature_mask",
     "feature_names",
@@ -388,132 +373,6 @@ class CtrlGuestOffloads(enum.IntEnum):
 CTRL_OK = 0
 CTRL_ERR = 1
 
-# --- the console device (virtio 1.3, 5.3) --------------------------------------------------------
-
-
-class ConsoleFeature(enum.IntEnum):
-    """Bit numbers of the console device's features (virtio 1.3, 5.3.3)."""
-
-    SIZE = 0
-    MULTIPORT = 1
-    EMERG_WRITE = 2
-
-
-class ConsoleEvent(enum.IntEnum):
-    """`virtio_console_control.event` (virtio 1.3, 5.3.6.2)."""
-
-    DEVICE_READY = 0
-    PORT_ADD = 1
-    PORT_REMOVE = 2
-    PORT_READY = 3
-    CONSOLE_PORT = 4
-    RESIZE = 5
-    PORT_OPEN = 6
-    PORT_NAME = 7
-
-
-class ConsoleConfig(ctypes.LittleEndianStructure):
-    """`struct virtio_console_config`, 12 bytes (virtio 1.3, 5.3.4)."""
-
-    _fields_ = (
-        ("cols", ctypes.c_uint16),
-        ("rows", ctypes.c_uint16),
-        ("max_nr_ports", ctypes.c_uint32),
-        ("emerg_wr", ctypes.c_uint32),
-    )
-
-
-class ConsoleControl(ctypes.LittleEndianStructure):
-    """`struct virtio_console_control`, 8 bytes (virtio 1.3, 5.3.6.2)."""
-
-    _fields_ = (("id", ctypes.c_uint32), ("event", ctypes.c_uint16), ("value", ctypes.c_uint16))
-
-
-# --- the socket device (virtio 1.3, 5.10) --------------------------------------------------------
-
-VSOCK_CID_HOST = 2
-VSOCK_HDR_SIZE = 44
-
-
-class VsockFeature(enum.IntEnum):
-    """Bit numbers of the socket device's features (virtio 1.3, 5.10.3)."""
-
-    STREAM = 0
-    SEQPACKET = 1
-    NO_IMPLIED_STREAM = 2
-
-
-class VsockType(enum.IntEnum):
-    """`virtio_vsock_hdr.type` (virtio 1.3, 5.10.6.2)."""
-
-    STREAM = 1
-    SEQPACKET = 2
-
-
-class VsockOp(enum.IntEnum):
-    """`virtio_vsock_hdr.op` (virtio 1.3, 5.10.6)."""
-
-    INVALID = 0
-    REQUEST = 1
-    RESPONSE = 2
-    RST = 3
-    SHUTDOWN = 4
-    RW = 5
-    CREDIT_UPDATE = 6
-    CREDIT_REQUEST = 7
-
-
-class VsockShutdown(enum.IntFlag):
-    """`virtio_vsock_hdr.flags` of a SHUTDOWN (virtio 1.3, 5.10.6.5)."""
-
-    NONE = 0
-    RECEIVE = 1
-    SEND = 2
-    BOTH = 3
-
-
-class VsockEventId(enum.IntEnum):
-    """`virtio_vsock_event.id` (virtio 1.3, 5.10.6.7)."""
-
-    TRANSPORT_RESET = 0
-
-
-class VsockConfig(ctypes.LittleEndianStructure):
-    """`struct virtio_vsock_config`, 8 bytes (virtio 1.3, 5.10.4)."""
-
-    _fields_ = (("guest_cid", ctypes.c_uint64),)
-    _pack_ = 1
-
-
-class VsockHdr(ctypes.LittleEndianStructure):
-    """`struct virtio_vsock_hdr`, 44 bytes (virtio 1.3, 5.10.6)."""
-
-    _fields_ = (
-        ("src_cid", ctypes.c_uint64),
-        ("dst_cid", ctypes.c_uint64),
-        ("src_port", ctypes.c_uint32),
-        ("dst_port", ctypes.c_uint32),
-        ("len", ctypes.c_uint32),
-        ("type", ctypes.c_uint16),
-        ("op", ctypes.c_uint16),
-        ("flags", ctypes.c_uint32),
-        ("buf_alloc", ctypes.c_uint32),
-        ("fwd_cnt", ctypes.c_uint32),
-    )
-    _pack_ = 1
-
-
-VSOCK_HDR = struct.Struct("<QQIIIHHIII")
-"""The same ten fields for the data path, where a ctypes structure costs too much."""
-
-
-class VsockEvent(ctypes.LittleEndianStructure):
-    """`struct virtio_vsock_event`, 4 bytes (virtio 1.3, 5.10.6.7)."""
-
-    _fields_ = (("id", ctypes.c_uint32),)
-    _pack_ = 1
-
-
 for _structure, _size in (
     (VringDesc, 16),
     (VringAvailHeader, 4),
@@ -521,15 +380,8 @@ for _structure, _size in (
     (VringUsedElem, 8),
     (VirtioNetHdr, NET_HDR_SIZE),
     (NetConfig, 24),
-    (ConsoleConfig, 12),
-    (ConsoleControl, 8),
-    (VsockConfig, 8),
-    (VsockHdr, VSOCK_HDR_SIZE),
-    (VsockEvent, 4),
 ):
     if ctypes.sizeof(_structure) != _size:
         raise ImportError(f"{_structure.__name__} is not {_size} bytes on this machine")
 if NET_HDR.size != NET_HDR_SIZE:
     raise ImportError("the net header's format string does not make 12 bytes")
-if VSOCK_HDR.size != VSOCK_HDR_SIZE:
-    raise ImportError("the vsock header's format string does not make 44 bytes")

@@ -20,7 +20,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vq.abi import ConsoleConfig, ConsoleControl, ConsoleEvent, ConsoleFeature, DeviceId
+from vq.abi import (
+    DeviceId,
+)
+from vq.abi_console import (
+    ConsoleConfig,
+    ConsoleControl,
+    ConsoleEvent,
+    ConsoleFeature,
+)
 from vq.device import Alarm, Queue
 from vq.devices.host_end import HostEnd
 from vq.errors import DriverError, UsageError

@@ -27,9 +27,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from vq.abi import (
+    DeviceId,
+)
+from vq.abi_vsock import (
     VSOCK_CID_HOST,
     VSOCK_HDR_SIZE,
-    DeviceId,
     VsockConfig,
     VsockEvent,
     VsockEventId,

@@ -15,7 +15,13 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple, Self
 
-from vq.abi import VSOCK_HDR, VSOCK_HDR_SIZE, VsockOp, VsockShutdown, VsockType
+from vq.abi_vsock import (
+    VSOCK_HDR,
+    VSOCK_HDR_SIZE,
+    VsockOp,
+    VsockShutdown,
+    VsockType,
+)
 
 __all__ = ["Connection", "Header", "State"]
 
