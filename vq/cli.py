@@ -1,4 +1,4 @@
-"""The command line: `vq loopback`, `vq check`, `vq serve`, `vq bench`. Wiring, nothing else.
+"""The command line: `vq loopback`, `vq check`, `vq serve` and the others. Wiring, nothing else.
 
 Exit status: 0 all is well, 1 a fault was found, 2 wrong use, or a file that cannot be used. When it
 is interrupted or nobody reads its output any more, as for a program that a signal ends.
@@ -23,6 +23,7 @@ COMMANDS = {
     "loopback": ("vq.loopback", "send a capture through a scripted guest and back, and compare"),
     "check": ("vq.check", "see what this host can do, and whether vq's numbers are right"),
     "serve": ("vq.serve", "serve a device to a guest over vhost-user"),
+    "replay": ("vq.replay", "replay a recorded session of a guest, and compare"),
     "bench": ("vq.bench", "measure vq beside its peers"),
 }
 """Each module has `add_arguments(parser)` and `run(arguments) -> exit status`."""

@@ -17,7 +17,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
@@ -141,6 +141,14 @@ class Device(ABC):
     """The names of the features of this device type."""
     feature_needs: ClassVar[Mapping[int, int]] = {}
     """For a feature's bit number, the set of features of which it needs at least one."""
+
+    from_outside: ClassVar[Collection[str]] = ()
+    """Names of queues whose answers come from outside, as what arrives at a console does.
+
+    They may have * and ?. A session that was recorded can only be replayed up to what comes there.
+    """
+    ring_class: Callable[..., SplitRing] = SplitRing
+    """What makes the rings: with a class derived from `SplitRing` one can listen in."""
 
     on_queue_call: Callable[[int], None] | None = None
     """The transport's: a used-buffer notification for the queue of this index."""
@@ -308,7 +316,7 @@ class Device(ABC):
                     queue=queue.name,
                     section="4.1.4.3.2",
                 )
-            queue.ring = SplitRing(
+            queue.ring = self.ring_class(
                 self.memory,
                 size,
                 desc,
@@ -383,11 +391,20 @@ class Device(ABC):
         queue = self.queues[index]
         if queue.ring is None:
             return 0
-        self.queue_stopping(queue)
-        next_avail = queue.ring.next_avail
+        ring = queue.ring
+        self._run("queue_stopping", self.queue_stopping, queue)
+        next_avail = ring.next_avail
         queue.ring = None
         queue.enabled = False
         return next_avail
+
+    def drop_queue(self, index: int) -> None:
+        """Takes a queue's ring away for good: every chain of it is forgotten.
+
+        For transports where a driver can stop one queue (virtio-mmio's QueueReady); it may set it
+        up again, from the start.
+        """
+        self._drop_ring(self.queues[index])
 
     def ready_ring(self, queue: Queue) -> SplitRing | None:
         """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""

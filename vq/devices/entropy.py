@@ -23,6 +23,7 @@ class EntropyDevice(DeviceModel):
     """
 
     device_id = DeviceId.ENTROPY
+    from_outside = ("requests",)
 
     def __init__(self, source: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(queues=[("requests", 64, self._fill)])

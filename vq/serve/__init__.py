@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from vq.device import Device
 from vq.errors import UsageError
 from vq.loop import Loop
-from vq.options import Parser
+from vq.options import Parser, positive
 from vq.serve import transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises `UsageError` and `OSError` for what keeps it from beginning to serve.
     """
+    words = [args.device, *args.options]
     kind, args = parse(args.device, args.options)
     transport.check(args, needed=kind.sockets_needed(args))
     logging.basicConfig(
@@ -66,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             stack.callback(signal.signal, number, signal.getsignal(number))
             signal.signal(number, lambda *_: loop.stop())
         devices = kind.open_devices(args, stack)
+        if args.record is not None:
+            _record(devices[0], args, words, stack)
         for index, device in enumerate(devices):
             transport.offer(args, index, device, loop, stack, queue_num=kind.queue_num(args))
         kind.follow(devices, loop)
@@ -114,9 +118,32 @@ def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
         const=kind.capabilities,
         help="print what this program can do, as vhost-user's conventions have it, and end",
     )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down all that happens, for `vq replay` (of the first device where there are"
+        " two); it has all that the guest sends and receives",
+    )
+    parser.add_argument(
+        "--record-limit",
+        type=positive,
+        default=256,
+        metavar="MIB",
+        help="record no more than this, before it is compressed (default: %(default)s)",
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="log more")
     kind.add_arguments(parser)
     return kind, parser.parse_args(words)
+
+
+def _record(
+    device: Device, args: argparse.Namespace, words: Sequence[str], stack: ExitStack
+) -> None:
+    from vq.recording.recorder import Recorder
+
+    recorder = Recorder(device, args.record, limit=args.record_limit << 20, served=words)
+    stack.callback(recorder.close)
+    log.info("recording to %s", args.record)
 
 
 class _PrintCapabilities(argparse.Action):

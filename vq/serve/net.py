@@ -31,6 +31,7 @@ class NetKind(Kind):
     """A network device, or two that are joined (``--link pair``)."""
 
     capabilities: ClassVar[Mapping[str, object]] = {"type": "net"}  # no "features" there
+    needs_nothing_of_the_host = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """See `Kind`."""
@@ -100,6 +101,14 @@ class NetKind(Kind):
         """See `Kind`."""
         _check(args)
         return _net_devices(args, stack)
+
+    def open_for_replay(
+        self, args: argparse.Namespace, link: Link | None, stack: ExitStack
+    ) -> Device:
+        """Plugs the device into the recording's link in place of its own."""
+        if link is None:
+            raise UsageError("the recording is not of a network device")
+        return _net_device(args, link, args.mac, stack)
 
     def follow(self, devices: Sequence[Device], loop: Loop) -> None:
         """Lets the guests know when the host takes an interface up or down."""

@@ -18,6 +18,7 @@ class RngKind(Kind):
     """Random bytes from the host's kernel."""
 
     capabilities: ClassVar[Mapping[str, object]] = {"type": "rng"}
+    needs_nothing_of_the_host = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """It has no options of its own."""

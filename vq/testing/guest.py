@@ -33,6 +33,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from vq.abi import DeviceId
 from vq.errors import VqError
 from vq.testing.contained import ContainedProcess, inheritable_copy
 from vq.testing.debian_kernel import find_kernel
@@ -54,6 +55,14 @@ PROGRAMS = {
 
 MODULES = ("8021q",)
 """Kernel modules that ``modprobe`` finds in every guest, beside those loaded at the start."""
+
+DRIVERS = {
+    DeviceId.NET: ("virtio_net", "ipv6"),
+    DeviceId.BLOCK: ("virtio_blk",),
+    DeviceId.CONSOLE: ("virtio_console",),
+    DeviceId.VSOCK: ("vmw_vsock_virtio_transport",),
+}
+"""Modules of User-Mode Linux that drive a type of device; it has none for other types."""
 
 _COMPLAINT = re.compile(
     r"BUG:|WARNING:|Call Trace|Kernel panic|is not a head|Oops|NETDEV WATCHDOG|soft lockup"
@@ -169,10 +178,10 @@ class UmlGuest(Guest):
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
     each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
-    to load beside those for the network, and `programs` programs of this machine to bring along
-    with the packages that they are in; `arguments` go to the kernel's command line, and `prefix` is
-    a command that runs it (as `Namespace.argv` gives). The guest is killed when it has not booted
-    after `boot_timeout` seconds, and after `lifetime` seconds in any case.
+    to load beside those that drive the devices, and `programs` programs of this machine to bring
+    along with the packages that they are in; `arguments` go to the kernel's command line, and
+    `prefix` is a command that runs it (as `Namespace.argv` gives). The guest is killed when it has
+    not booted after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
 
     def __init__(
@@ -192,7 +201,7 @@ class UmlGuest(Guest):
         self._initrd = shell_initramfs(
             release=release,
             modules_from=modules,
-            load=("virtio_net", "ipv6", *load),
+            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *_drivers_of(devices), *load])),
             modules=MODULES,
             programs=_guest_programs(programs),
             console=("tty1", 4, 1),
@@ -359,6 +368,11 @@ class QemuGuest(Guest):
                     if "error" in answer:
                         raise GuestError(f"QEMU refused {name}: {answer['error']['desc']}")
         return answer["return"]
+
+
+def _drivers_of(devices: Sequence[tuple[str | Path, int]]) -> list[str]:
+    known: dict[int, tuple[str, ...]] = {int(kind): names for kind, names in DRIVERS.items()}
+    return [name for _, kind in devices for name in known.get(kind, ())]
 
 
 def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
