@@ -86,7 +86,8 @@ class ConsoleDevice(DeviceModel):
         _check(ports)
         self._ports = [_PortState(number, port) for number, port in enumerate(ports)]
         features = [ConsoleFeature.EMERG_WRITE]
-        if ports[0].end.sized:
+        if any(port.is_console and port.end.sized for port in self._ports):
+            # For a further console the size comes by message, but Linux obeys only with SIZE.
             features.append(ConsoleFeature.SIZE)
         queues = self._queues_of(self._ports[0])
         if len(ports) > 1 or ports[0].name:
