@@ -361,8 +361,8 @@ def test_the_size_is_told_again_with_the_first_output() -> None:
 def test_a_size_is_offered_where_a_console_has_one(path: str) -> None:
     with unix_world(path) as world:
         assert not world.driver.has_feature(ConsoleFeature.SIZE)
-    for console, offered in ((True, 1), (False, 0)):
-        device = ConsoleDevice([Port(UnixEnd(path)), Port(PtyEnd(), "b", console)])
+    for is_console, offered in ((True, 1), (False, 0)):
+        device = ConsoleDevice([Port(UnixEnd(path)), Port(PtyEnd(), "b", is_console)])
         assert device.device_features & SIZE == offered
         device.close()
 

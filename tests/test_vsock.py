@@ -655,7 +655,7 @@ def test_whatever_a_guest_sends_the_device_works_for_the_next(
 # --- rings that stop and go on, and drivers that come and go -------------------------------------
 
 
-def stop_and_go_on(guest: Guest, *, reset: bool) -> None:
+def stop_and_go_on(guest: Guest, *, reset: bool, forget: bool = False) -> None:
     """What a frontend does that pauses a guest: the rings stop, and go on at the same places."""
     queues = guest.driver.queues
     bases = {index: guest.device.stop_queue(index) for index in (RX, TX)}
@@ -666,6 +666,8 @@ def stop_and_go_on(guest: Guest, *, reset: bool) -> None:
         guest.device.accept_features(features)
         for status in (Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK):
             guest.device.write_status(guest.device.status | status)
+    if forget:
+        guest.vsock._stopped_at.clear()
     for index in (RX, TX):
         ring = queues[index]
         guest.device.setup_queue(
@@ -704,6 +706,21 @@ def test_a_new_driver_has_no_connections(guest: Guest) -> None:
         assert guest.quiet() and guest.received(EVENT) == []
 
 
+def test_a_new_driver_without_a_reset_in_between_has_no_connections(path: str) -> None:
+    """QEMU stops the rings of a driver that goes, and says nothing else to the device."""
+    with Guest(path, features=PLAIN) as guest, guest.connected(5) as sock:
+        for index in (RX, TX):
+            ring = guest.driver.queues[index]
+            guest.device.stop_queue(index)
+            ring.reset()
+            guest.device.setup_queue(
+                index, size=ring.size, desc=ring.desc, avail=ring.avail, used=ring.used
+            )
+        guest.refill()
+        guest.ended_at_host(sock)
+        assert guest.quiet() and guest.received(EVENT) == []
+
+
 def test_connections_of_a_guest_that_does_not_come_back_end_in_time(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -719,7 +736,7 @@ def test_a_driver_whose_connections_are_lost_is_told(path: str) -> None:
     with Guest(path, features=PLAIN) as guest:
         guest.packet(VsockOp.RW, 5)
         assert guest.next()[0].op == VsockOp.RST
-        stop_and_go_on(guest, reset=True)
+        stop_and_go_on(guest, reset=True, forget=True)
         ring = guest.driver.queues[EVENT]
         guest.device.setup_queue(
             EVENT, size=ring.size, desc=ring.desc, avail=ring.avail, used=ring.used

@@ -135,7 +135,7 @@ def test_somebody_logs_in_and_works_in_a_window_that_changes_its_size(plain: Set
 
 def test_megabytes_go_out_and_in_unchanged_over_a_console(plain: Setting) -> None:
     guest, data = plain.guest, DATA[: 1 << 20]
-    guest.run("pkill getty")
+    guest.run("kill $(pidof getty)")
     terminal = Terminal(plain.directory / "hvc0")
     # The line discipline has to leave the bytes alone; a console that is closed forgets that.
     command = (
@@ -171,7 +171,7 @@ def read_all(fd: int, length: int, into: list[bytes]) -> None:
 
 def test_the_driver_can_be_loaded_again(plain: Setting) -> None:
     guest = plain.guest
-    guest.run("pkill getty")
+    guest.run("kill $(pidof getty)")
     guest.output("rmmod virtio_console")
     terminal = Terminal(plain.directory / "hvc0")
     guest.output("modprobe virtio_console && echo back again >/dev/hvc0")
@@ -213,12 +213,15 @@ def test_megabytes_go_through_a_port_both_ways(multiport: Setting) -> None:
 def test_a_slow_program_at_the_host_stops_the_guest_and_loses_nothing(multiport: Setting) -> None:
     guest, port = multiport.guest, multiport.port("org.vq.data")
     with multiport.client("data") as client:
-        guest.output(f"(cat /tmp/data >{port}; touch /tmp/written) >/dev/null 2>&1 & true")
+        # More than there can be under way in the guest's ring. (cat would splice, and not wait.)
+        command = f"cat /tmp/data /tmp/data | dd bs=32k iflag=fullblock of={port}"
+        command += "; touch /tmp/written"
+        guest.output(f"({command}) >/dev/null 2>&1 & true")
         time.sleep(1)
         assert guest.run("test -e /tmp/written").status == 1  # it waits
         got: list[bytes] = []
-        read_all(client.fileno(), len(DATA), got)
-        assert got == [DATA]
+        read_all(client.fileno(), 2 * len(DATA), got)
+        assert got == [DATA + DATA]
     guest.output("while ! test -e /tmp/written; do sleep 0.1; done")
 
 

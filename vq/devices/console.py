@@ -39,7 +39,7 @@ __all__ = ["ConsoleDevice", "Port"]
 
 log = logging.getLogger(__name__)
 
-QUEUE_SIZE = 256
+QUEUE_SIZE = 128
 CONTROL_RX, CONTROL_TX = 2, 3
 MAX_PORTS = 31
 """Linux numbers a device's ports in a word's bits, and a frontend its queues in a byte."""

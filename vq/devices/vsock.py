@@ -116,7 +116,7 @@ class VsockDevice(DeviceModel):
         self._resets: dict[tuple[int, int], Header] = {}
         self._waiting: deque[_Flow] = deque()  # have something for the guest, need receive buffers
         self._next_port = FIRST_PORT
-        self._fresh = True  # no ring was ever started since the device was made or reset
+        self._stopped_at: dict[int, int] = {}  # where rings were that may go on
         self._event_due = False
         self._deadlines: dict[_Flow | _Greeting | None, float] = {}
         self._clock = self.alarm(self._tick)
@@ -501,7 +501,7 @@ class VsockDevice(DeviceModel):
             elif isinstance(what, _Flow):
                 what.connection.reset()
                 self._look_after(what)
-            elif self._fresh:
+            elif self.queues[RX].ring is None:
                 self._drop_all()
             else:
                 self._admit()
@@ -526,28 +526,33 @@ class VsockDevice(DeviceModel):
                 self._event_due = False
 
     def queue_started(self, queue: Queue) -> None:
-        """A driver that starts anew knows no connections; one that goes on knows its own."""
-        if queue.index == EVENT or not self._fresh or queue.ring is None:
+        """A driver that goes on where it was stopped knows its connections; another one does not.
+
+        One that goes on elsewhere has connections that an earlier device knew, in another process.
+        """
+        if queue.index == EVENT or queue.ring is None:
             return
-        self._fresh = False
         self._deadlines.pop(None, None)
-        if queue.ring.next_avail == 0:
+        place = queue.ring.next_avail
+        if self._stopped_at.pop(queue.index, None) != place:
             self._drop_all()
             self._waiting.clear()
-        elif not self._flows:
-            self._event_due = True
+            self._event_due = self._event_due or place != 0
         for flow in list(self._flows.values()):
             self._look_after(flow)
 
     def queue_stopping(self, queue: Queue) -> None:
         """See `DeviceModel`."""
         super().queue_stopping(queue)
+        if queue.ring is not None:
+            self._stopped_at[queue.index] = queue.ring.next_avail
         if queue.index == RX:
             self._rooms.clear()
 
     def queue_dropped(self, queue: Queue) -> None:
         """See `DeviceModel`."""
         super().queue_dropped(queue)
+        self._stopped_at.pop(queue.index, None)
         if queue.index == RX:
             self._rooms.clear()
 
@@ -556,7 +561,6 @@ class VsockDevice(DeviceModel):
 
         Whether it is the same driver that comes back shows when its rings are started.
         """
-        self._fresh = True
         self._event_due = False
         self._resets.clear()
         self._waiting.clear()
