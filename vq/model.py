@@ -181,7 +181,7 @@ class DeviceModel(Device):
 
         The callback is treated as handlers are.
         """
-        alarm = Alarm(lambda: self._work(callback))
+        alarm = Alarm(lambda: self._in_turn(callback))
         self.alarms.append(alarm)
         if self.on_watches_change is not None:
             self.on_watches_change()
