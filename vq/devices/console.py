@@ -81,6 +81,7 @@ class ConsoleDevice(DeviceModel):
     device_id = DeviceId.CONSOLE
     feature_bits = ConsoleFeature
     config_writable: ClassVar[Collection[str]] = ("emerg_wr",)
+    from_outside: ClassVar[Collection[str]] = ("receiveq*", "control receiveq")
 
     def __init__(self, ports: Sequence[Port], *, swap_resize: bool = False) -> None:
         _check(ports)

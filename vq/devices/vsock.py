@@ -24,7 +24,8 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from vq.abi import (
     DeviceId,
@@ -90,6 +91,7 @@ class VsockDevice(DeviceModel):
 
     device_id = DeviceId.VSOCK
     feature_bits = VsockFeature
+    from_outside: ClassVar[Collection[str]] = ("rx", "event")
 
     def __init__(
         self, cid: int, path: str, *, connections: int = 512, buffer: int = 1 << 18
