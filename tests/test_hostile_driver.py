@@ -16,6 +16,7 @@ from vq.abi import DeviceId, Feature, Status
 from vq.abi_console import ConsoleControl, ConsoleEvent, ConsoleFeature
 from vq.abi_vsock import VsockOp
 from vq.device import RING_FEATURES, Device, Queue
+from vq.devices import host_end
 from vq.devices.console import ConsoleDevice, Port
 from vq.devices.entropy import EntropyDevice
 from vq.devices.host_end import UnixEnd
@@ -89,6 +90,11 @@ class Places:
 
 
 PLACES = Places()
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_end, "LOOK_SECONDS", 0.002)
 
 
 def make_console() -> ConsoleDevice:
