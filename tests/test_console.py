@@ -228,6 +228,37 @@ def test_a_client_that_has_finished_writing_still_reads(path: str) -> None:
         world.until(lambda: not device._ports[0].end.is_connected, "the end of the connection")
 
 
+def test_a_client_that_has_finished_writing_costs_no_processor_time(path: str) -> None:
+    with unix_world(path) as world, client_of(world, path) as client:
+        world.give(RX, 64)
+        client.shutdown(socket.SHUT_WR)
+        device = world.device
+        assert isinstance(device, ConsoleDevice)
+        end = device._ports[0].end
+        assert isinstance(end, UnixEnd) and end._watch is not None
+        world.turn()
+        for _ in range(3):
+            world.give(RX, 64)
+            assert not end._watch.reading
+
+
+def test_the_next_client_of_a_port_gets_nothing_that_was_meant_for_the_last(
+    tmp_path: Path,
+) -> None:
+    ports = [Port(UnixEnd(str(tmp_path / "a"))), Port(UnixEnd(str(tmp_path / "b")), "b")]
+    with DeviceWorld(ConsoleDevice(ports)) as world:
+        device = world.device
+        assert isinstance(device, ConsoleDevice)
+        with client_of(world, str(tmp_path / "b"), 1):
+            while not (device._ports[1].unsent and device._ports[1].unsent[0].reader.position):
+                world.send(TX1, bytes(60_000))
+                world.received(TX1)
+            world.device.stop_queue(TX1)  # the rest of what went in part is kept
+            assert device._ports[1].kept
+        world.until(lambda: not device._ports[1].end.is_connected)
+        assert not device._ports[1].kept
+
+
 def test_a_client_that_goes_while_the_guest_does_not_listen_makes_way(path: str) -> None:
     with unix_world(path) as world:
         client_of(world, path).close()  # without buffers nothing is read
