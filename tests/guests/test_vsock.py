@@ -41,8 +41,8 @@ class Setting(NamedTuple):
         """Connects to a port of the guest; waits until somebody there accepts."""
         for _ in range(300):
             sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self.path)  # without a time limit: with one a full queue is an error
             sock.settimeout(30)
-            sock.connect(self.path)
             sock.sendall(b"CONNECT %d\n" % port)
             if sock.recv(64).startswith(b"OK "):
                 return sock

@@ -122,7 +122,7 @@ class VsockDevice(DeviceModel):
         self._event_due = False
         self._deadlines: dict[_Flow | _Greeting | None, float] = {}
         self._clock = self.alarm(self._tick)
-        self._listener = Listener(path)
+        self._listener = Listener(path, backlog=128)
         self._accepting = self.watch(self._listener.socket.fileno(), readable=self._accept)
         self._accepting.want(reading=True)
 
