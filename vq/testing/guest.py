@@ -179,7 +179,7 @@ class UmlGuest(Guest):
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
     each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
     to load beside those that drive the devices, and `programs` programs of this machine to bring
-    along with the packages that they are in; `arguments` go to the kernel's command line, and
+    along, with the packages that they are in; `arguments` go to the kernel's command line, and
     `prefix` is a command that runs it (as `Namespace.argv` gives). The guest is killed when it has
     not booted after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
