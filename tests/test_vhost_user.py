@@ -119,22 +119,6 @@ def test_the_features_offered_are_the_devices_and_the_protocols(talk: Talk) -> N
     assert talk.frontend.ask_u64(17) == 2
 
 
-@pytest.mark.parametrize("device_id", [1, 2, 3, 4, 19])
-def test_status_is_offered_where_frontends_bring_the_device_up_by_it(device_id: int) -> None:
-    """QEMU 7.2 negotiates it for every device, but sends DRIVER_OK for these two alone: entropy and
-    socket devices waited for ever."""
-
-    class Other(Shouter):
-        pass
-
-    Other.device_id = device_id
-    talk = Talk(Other())
-    assert bool(talk.frontend.ask_u64(15) & STATUS) is (device_id in (1, 2))
-    talk.connection.close()
-    assert talk.connect(STATUS).ask_u64(15) == STATUS  # whoever wants it can have it
-    talk.close()
-
-
 def test_the_protocol_features_can_be_limited(talk: Talk) -> None:
     talk.connection.close()
     ours, theirs = socket.socketpair()

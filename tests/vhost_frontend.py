@@ -34,7 +34,7 @@ REPLY_ACK = 1 << 3
 class Shouter(Device):
     """Answers each chain with its text in capitals. Queue 1 keeps chains until told."""
 
-    device_id = 2
+    device_id = 4
 
     def __init__(self, *, queues: int = 2, size: int = 64) -> None:
         class Space(ctypes.LittleEndianStructure):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from vq.abi import MAX_QUEUE_SIZE, DeviceId, Status, bits, feature_mask, ring_layout
+from vq.abi import MAX_QUEUE_SIZE, Status, bits, feature_mask, ring_layout
 from vq.device import Device, with_needs_met
 from vq.errors import FrontendError, UsageError
 from vq.inflight import InflightRegion
@@ -69,12 +69,8 @@ _ANY_DEVICE = (
     ProtocolFeature.INFLIGHT_SHMFD,
     ProtocolFeature.RESET_DEVICE,
     ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    ProtocolFeature.STATUS,
 )
-_WITH_STATUS = (DeviceId.NET, DeviceId.BLOCK)
-"""Devices for which QEMU (7.2 at least) sends DRIVER_OK where STATUS is negotiated. For others it
-sends FEATURES_OK and nothing more, and a device that waits would wait for ever."""
-_CAN_BE_WANTED = (ProtocolFeature.INBAND_NOTIFICATIONS, ProtocolFeature.STATUS)
-"""Protocol features that are not offered by default for every device, but can be for any."""
 _VHOST_FEATURES = feature_mask(VhostFeature)
 _EVENT = (1).to_bytes(8, sys.byteorder)  # the value has no meaning, but an eventfd adds it up
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
@@ -111,12 +107,9 @@ def protocol_features(device: Device) -> int:
     """The protocol features that are offered for a device by default, as a set of bits.
 
     INBAND_NOTIFICATIONS is not among them, although it can be offered: frontends that know it use
-    it instead of descriptors, at a multiple of the price. It is for simulations. STATUS can be
-    offered for every device too, but is where frontends are known to use it well.
+    it instead of descriptors, at a multiple of the price. It is for simulations.
     """
     offered = feature_mask(_ANY_DEVICE)
-    if device.device_id in _WITH_STATUS:
-        offered |= 1 << ProtocolFeature.STATUS
     if isinstance(device, Announcing):
         offered |= 1 << ProtocolFeature.RARP
     if isinstance(device, MtuLimited):
@@ -134,8 +127,7 @@ def choose_offered(device: Device, wanted: int | None) -> int:
     default = protocol_features(device)
     if wanted is None:
         return default
-    possible = default | feature_mask(_CAN_BE_WANTED)
-    surplus = wanted & ~possible
+    surplus = wanted & ~(default | 1 << ProtocolFeature.INBAND_NOTIFICATIONS)
     if surplus:
         known = {feature.value: feature.name for feature in ProtocolFeature}
         names = (known.get(bit, f"bit {bit}") for bit in bits(surplus))
