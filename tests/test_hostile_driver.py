@@ -1,6 +1,6 @@
 """The battery of hostile drivers: over every wire, and against devices that deserve it.
 
-vq's other devices stand up to it in test_hostile_devices.
+vq's other devices stand up to it in test_hostile_devices and test_hostile_sockets.
 """
 
 from __future__ import annotations

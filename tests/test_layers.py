@@ -13,7 +13,7 @@ import vq
 ROOT = Path(vq.__file__).parent
 
 LAYERS = (
-    ("errors", "abi", "abi_block", "log_limit"),
+    ("errors", "abi", "abi_block", "abi_console", "abi_vsock", "log_limit"),
     ("memory", "packet", "pcap", "ioctl", "unix_socket"),
     ("split_ring", "driver", "offload", "platforms"),
     ("software", "inflight", "abi_probe", "request", "asyncio_thread"),

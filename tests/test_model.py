@@ -474,6 +474,40 @@ def test_a_watched_descriptor_that_fails_is_a_fault_of_the_device() -> None:
     loop.close()
 
 
+def test_an_alarm_rings_when_its_time_has_come_and_not_when_it_was_put_off() -> None:
+    model = Upper()
+    rung: list[str] = []
+    loop = Loop()
+    early = model.alarm(lambda: rung.append("early"))
+    early.set(0)  # before there is a loop
+    watch_device(model, loop)
+    late = model.alarm(lambda: rung.append("late"))
+    never = model.alarm(lambda: rung.append("never"))
+    for alarm in (late, never):
+        alarm.set(0)
+    late.set(0.03)
+    never.set(None)
+    deadline = time.monotonic() + SECONDS
+    while "late" not in rung and time.monotonic() < deadline:
+        loop.run_once(0.01)
+    assert rung == ["early", "late"] and late.deadline is None
+    late.set(0)
+    unwatch_device(model, loop)
+    loop.run_once(0.01)
+    assert rung == ["early", "late"]  # nobody rings it for a device that is not served
+    loop.close()
+
+
+def test_what_fails_when_an_alarm_rings_is_a_fault_of_the_device() -> None:
+    def fail() -> None:
+        raise RuntimeError("the alarm")
+
+    bench = Bench(model := Upper())
+    model.alarm(fail).ring()
+    assert str(model.fault) == "the alarm" and model.status & Status.NEEDS_RESET
+    bench.guest.reset()
+
+
 class ModelMachine(RuleBasedStateMachine):
     """A model that completes at once, later, or in a thread, while its queue stops and is reset."""
 

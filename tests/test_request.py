@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -230,3 +231,46 @@ def test_after_a_reset_the_buffers_are_out_of_reach() -> None:
         with pytest.raises(RequestGone, match="requests, head 5: the queue was reset"):
             use()
     assert b"".join(case.writable) == b"\xee" * 5
+
+
+@given(st.binary(min_size=1, max_size=64), st.lists(st.integers(0, 64)), st.data())
+def test_a_stream_gets_as_much_as_it_takes(
+    data: bytes, cuts: list[int], draw: st.DataObject
+) -> None:
+    reader = made(pieces_of(data, cuts)).request.reader
+    read, write = os.pipe()
+    try:
+        while reader.remaining:
+            length = draw.draw(st.none() | st.integers(0, reader.remaining))
+            before = reader.position
+            count = reader.to_stream(write, length)
+            assert count == (len(data) - before if length is None else length)
+            assert reader.position == before + count
+        assert os.read(read, 100) == data
+        with pytest.raises(RequestTooShort):
+            reader.to_stream(write, 1)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_a_full_stream_leaves_the_rest_to_be_written_later() -> None:
+    data = bytes(range(256)) * 1024
+    reader = made([data[:1000], data[1000:]]).request.reader
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        got = b""
+        with pytest.raises(BlockingIOError):
+            while reader.remaining:
+                reader.to_stream(write)
+        while reader.remaining:
+            got += os.read(read, 10_000)
+            with contextlib.suppress(BlockingIOError):
+                reader.to_stream(write)
+        os.close(write)
+        while piece := os.read(read, 1 << 16):
+            got += piece
+        assert got == data
+    finally:
+        os.close(read)

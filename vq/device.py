@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.split_ring import InflightLog, SplitRing
 
-__all__ = ["RING_FEATURES", "Device", "Queue", "Watch", "with_needs_met"]
+__all__ = ["RING_FEATURES", "Alarm", "Device", "Queue", "Watch", "with_needs_met"]
 
 log = limited_logger(__name__)
 
@@ -102,6 +103,31 @@ class Watch:
             self.on_change(self)
 
 
+class Alarm:
+    """A point in time at which a device wants an event loop to call it; as `Watch` for descriptors.
+
+    The device says when through `set`; whoever runs the loop looks at `deadline` (in seconds of
+    time.monotonic(), None for never), sets `on_change` to hear of another one, and calls `ring`
+    when the time has come.
+    """
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.deadline: float | None = None
+        self.on_change: Callable[[Alarm], None] | None = None
+        self._callback = callback
+
+    def set(self, seconds: float | None) -> None:
+        """To be called `seconds` from now, instead of what was set before; None for never."""
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        if self.on_change is not None:
+            self.on_change(self)
+
+    def ring(self) -> None:
+        """The time has come."""
+        self.deadline = None
+        self._callback()
+
+
 class Device(ABC):
     """A device model without its transport.
 
@@ -134,7 +160,7 @@ class Device(ABC):
     It calls `notify` again when it has been round. Without it `notify` works until all is done.
     """
     on_watches_change: Callable[[], None] | None = None
-    """The event loop's: there are new `watches`."""
+    """The event loop's: there are new `watches` or `alarms`."""
     on_call_soon: Callable[[Callable[[], None]], None] | None = None
     """The event loop's: does something soon, in the device's thread. Any thread may call it."""
 
@@ -162,6 +188,8 @@ class Device(ABC):
         They may change, see `on_watches_change`. One that leaves the list wants nothing any more,
         and says so through its `on_change` while the descriptor is still open.
         """
+        self.alarms: list[Alarm] = []
+        """The points in time at which an event loop should call the device; none is taken away."""
         self.config = config
         self.stats: Counter[str] = Counter()
         """What happened since the device was made, by name; a reset does not clear it."""

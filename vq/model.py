@@ -30,7 +30,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from vq.abi import feature_mask
-from vq.device import RING_FEATURES, Device, Queue, Watch
+from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
 from vq.errors import UsageError
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
@@ -177,6 +177,17 @@ class DeviceModel(Device):
         """The event loop forgets a descriptor."""
         watch.want(reading=False, writing=False)
         self.watches.remove(watch)
+
+    def alarm(self, callback: Callable[[], None]) -> Alarm:
+        """Has the event loop call back at a point in time, once `Alarm.set` says when.
+
+        The callback is treated as handlers are.
+        """
+        alarm = Alarm(lambda: self._in_turn(callback))
+        self.alarms.append(alarm)
+        if self.on_watches_change is not None:
+            self.on_watches_change()
+        return alarm
 
     def config_written(self, fields: Collection[str]) -> None:
         """The driver has written to these fields of the configuration space."""

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from vq import abi, abi_block, ioctl
+from vq import abi, abi_block, abi_console, abi_vsock, ioctl
 from vq.ioctl import Direction
 
 __all__ = ["KNOWN", "Platform", "all_numbers", "host", "numbers"]
@@ -159,6 +159,9 @@ def _virtio() -> dict[str, int]:
         **_prefixed("VIRTIO_NET_CTRL_ANNOUNCE_", _members(abi.CtrlAnnounce)),
         **_prefixed("VIRTIO_NET_CTRL_MQ_", _members(abi.CtrlMq)),
         **_prefixed("VIRTIO_NET_CTRL_GUEST_OFFLOADS_", _members(abi.CtrlGuestOffloads)),
+        **_prefixed("VIRTIO_CONSOLE_F_", _members(abi_console.ConsoleFeature)),
+        **_prefixed("VIRTIO_CONSOLE_", _members(abi_console.ConsoleEvent)),
+        "VIRTIO_VSOCK_F_SEQPACKET": abi_vsock.VsockFeature.SEQPACKET,
         "VIRTIO_NET_OK": abi.CTRL_OK,
         "VIRTIO_NET_ERR": abi.CTRL_ERR,
         "VRING_DESC_F_NEXT": abi.DESC_F_NEXT,
@@ -180,6 +183,11 @@ def _virtio() -> dict[str, int]:
                 "virtio_net_config": _described(abi.NetConfig),
                 "virtio_net_ctrl_hdr": _Type(2, 1, {"class": 0, "cmd": 1}),
                 "virtio_net_ctrl_mq": _struct(virtqueue_pairs=_SHORT),
+                "virtio_console_config": _described(abi_console.ConsoleConfig),
+                "virtio_console_control": _described(abi_console.ConsoleControl),
+                "virtio_vsock_config": _described(abi_vsock.VsockConfig),
+                "virtio_vsock_hdr": _described(abi_vsock.VsockHdr),
+                "virtio_vsock_event": _described(abi_vsock.VsockEvent),
             }
         ),
         **_virtio_registers(),

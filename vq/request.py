@@ -149,6 +149,17 @@ class Reader(_Cursor):
             if offset is not None:
                 offset += done
 
+    def to_stream(self, fd: int, length: int | None = None) -> int:
+        """Writes as many of the next bytes as a pipe, socket or terminal takes now.
+
+        All that are left, or `length` of them at the most. Returns how many; the position goes
+        behind these. Raises `RequestTooShort`, and `OSError` when none could be written,
+        `BlockingIOError` among them for a descriptor that takes nothing now.
+        """
+        done = os.writev(fd, self._look(length)[0][:IOV_MAX])
+        self._take(done)
+        return done
+
 
 class Writer(_Cursor):
     """The device-writable bytes of a request, from front to back.

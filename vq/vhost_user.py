@@ -15,10 +15,11 @@ import array
 import functools
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from vq.device import Device, Watch
+from vq.device import Alarm, Device, Watch
 from vq.errors import FrontendError, UsageError
 from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
@@ -343,7 +344,10 @@ class Client:
 
 
 def watch_device(device: Device, loop: Loop) -> None:
-    """Lets the loop watch a device's own descriptors (a tap, say) as the device asks for it."""
+    """Lets the loop watch a device's own descriptors (a tap, say) as the device asks for it.
+
+    Alarms that the device sets are rung.
+    """
 
     def apply(watch: Watch) -> None:
         loop.watch(
@@ -352,10 +356,24 @@ def watch_device(device: Device, loop: Loop) -> None:
             writable=watch.writable if watch.writing else None,
         )
 
+    def arm(alarm: Alarm) -> None:
+        deadline = alarm.deadline
+
+        def ring() -> None:
+            if alarm.deadline == deadline and alarm.on_change is not None:
+                alarm.ring()
+
+        if deadline is not None:
+            loop.call_later(max(0.0, deadline - time.monotonic()), ring)
+
     def attach() -> None:
         for watch in device.watches:
             watch.on_change = apply
             apply(watch)
+        for alarm in device.alarms:
+            if alarm.on_change is None:
+                alarm.on_change = arm
+                arm(alarm)
 
     device.on_watches_change = attach
     device.on_call_soon = loop.call_soon_from_any_thread
@@ -368,6 +386,8 @@ def unwatch_device(device: Device, loop: Loop) -> None:
     for watch in device.watches:
         watch.on_change = None
         loop.watch(watch.fd)
+    for alarm in device.alarms:
+        alarm.on_change = None
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

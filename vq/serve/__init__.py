@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 KINDS = {
     "net": ("vq.serve.net:NetKind", "a network device"),
     "blk": ("vq.serve.blk:BlkKind", "a block device"),
+    "console": ("vq.serve.console:ConsoleKind", "a console device"),
     "rng": ("vq.serve.rng:RngKind", "an entropy device"),
+    "vsock": ("vq.serve.vsock:VsockKind", "a vsock device"),
 }
 """For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""
 

@@ -60,6 +60,7 @@ DRIVERS = {
     DeviceId.NET: ("virtio_net", "ipv6"),
     DeviceId.BLOCK: ("virtio_blk",),
     DeviceId.CONSOLE: ("virtio_console",),
+    DeviceId.VSOCK: ("vmw_vsock_virtio_transport",),
 }
 """Modules of User-Mode Linux that drive a type of device; it has none for other types."""
 
