@@ -1,0 +1,87 @@
+"""Landlock: which files a Linux process may still reach, whoever it runs as.
+
+A ruleset names kinds of access that are denied, except beneath directories with a rule. Here
+everything that the kernel knows how to deny is denied; descriptors that are open stay open.
+
+Sources: landlock(7), Linux' uapi/linux/landlock.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterable
+
+from vq.sandbox.libc import Libc
+from vq.sandbox.system_calls import number_of
+
+__all__ = ["restrict", "version"]
+
+CREATE_RULESET_VERSION = 1
+RULE_PATH_BENEATH = 1
+REMOVE_FILE = 1 << 5
+O_PATH = 0o10000000
+"""The same on all processors with a table in `system_calls`; Python has it on Linux only."""
+RULESET = struct.Struct("=QQQ")
+"""`struct landlock_ruleset_attr`: handled_access_fs, handled_access_net, scoped."""
+PATH_BENEATH = struct.Struct("=Qi")
+"""`struct landlock_path_beneath_attr`, packed: allowed_access, parent_fd."""
+
+_FILES = {1: 13, 2: 14, 3: 15, 5: 16}
+"""From which version on how many kinds of access to files are known."""
+_NETWORK = {4: 2}
+"""Likewise binding and connecting TCP sockets."""
+_SCOPES = {6: 2}
+"""Likewise abstract Unix sockets, and signals, of processes outside."""
+
+
+def version(libc: Libc, machine: str) -> int:
+    """The version of Landlock that the kernel speaks, 0 for none."""
+    try:
+        return libc.system_call(_call("create_ruleset", machine), None, 0, CREATE_RULESET_VERSION)
+    except (OSError, KeyError):
+        return 0
+
+
+def restrict(libc: Libc, machine: str, *, removable: Iterable[str] = ()) -> int:
+    """Denies this thread all that Landlock can deny; returns the kernel's version of it.
+
+    Files in the directories `removable` may still be removed. The process must have given up new
+    privileges. Raises `OSError` where there is no Landlock.
+    """
+    has = libc.system_call(_call("create_ruleset", machine), None, 0, CREATE_RULESET_VERSION)
+    ruleset = _bytes(RULESET.pack(*(_mask(known, has) for known in (_FILES, _NETWORK, _SCOPES))))
+    # An older kernel takes a shorter structure, and a longer one if the rest of it is zero.
+    fd = libc.system_call(_call("create_ruleset", machine), ruleset, RULESET.size, 0)
+    try:
+        for directory in removable:
+            _allow(libc, machine, fd, directory)
+        libc.system_call(_call("restrict_self", machine), fd, 0)
+    finally:
+        os.close(fd)
+    return has
+
+
+def _allow(libc: Libc, machine: str, ruleset: int, directory: str) -> None:
+    parent = os.open(directory, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        rule = _bytes(PATH_BENEATH.pack(REMOVE_FILE, parent))
+        libc.system_call(_call("add_rule", machine), ruleset, RULE_PATH_BENEATH, rule, 0)
+    finally:
+        os.close(parent)
+
+
+def _mask(known: dict[int, int], has: int) -> int:
+    """A bit for everything that version `has` knows."""
+    return (1 << max((count for since, count in known.items() if since <= has), default=0)) - 1
+
+
+def _bytes(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(data, len(data))
+
+
+def _call(name: str, machine: str) -> int:
+    number = number_of(f"landlock_{name}", machine)
+    assert number is not None  # it has the same number everywhere
+    return number
