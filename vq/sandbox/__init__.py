@@ -20,7 +20,16 @@ from vq.errors import UsageError
 from vq.sandbox.policy import Confinement, Policy
 from vq.sandbox.user import User, find_user
 
-__all__ = ["Confinement", "Policy", "User", "confine", "facilities", "find_user", "prepare"]
+__all__ = [
+    "Confinement",
+    "Policy",
+    "User",
+    "confine",
+    "facilities",
+    "find_user",
+    "keep_helper_privileges",
+    "prepare",
+]
 
 _LATE_IMPORTS = (
     *("encodings.ascii", "encodings.idna", "encodings.latin_1", "encodings.utf_8"),
@@ -57,6 +66,15 @@ def confine(policy: Policy) -> Confinement:
 
         return freebsd.confine(policy)
     raise UsageError(f"no sandbox is known on {sys.platform}")
+
+
+def keep_helper_privileges(*, again: bool) -> None:
+    """In a helper that is root: gives up what it does not need, where the system knows parts of
+    root's privileges. `again` says that it may have to start another worker."""
+    if sys.platform == "linux" and os.geteuid() == 0:
+        from vq.sandbox import linux
+
+        linux.keep_helper_privileges(again=again)
 
 
 def facilities() -> dict[str, bool | int]:

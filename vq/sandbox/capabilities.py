@@ -22,6 +22,7 @@ __all__ = [
     "CAP_SYS_ADMIN",
     "bound",
     "keep_only",
+    "permitted",
 ]
 
 CAP_DAC_OVERRIDE = 1
@@ -71,3 +72,13 @@ def keep_only(libc: Libc, kept: Collection[int] = ()) -> None:
     header = ctypes.create_string_buffer(HEADER.pack(VERSION_3, 0), HEADER.size)
     data = ctypes.create_string_buffer(DATA.pack(low, low, 0, high, high, 0), DATA.size)
     libc.call("capset", header, data)
+
+
+def permitted(libc: Libc) -> set[int]:
+    """The capabilities that this process may use."""
+    header = ctypes.create_string_buffer(HEADER.pack(VERSION_3, 0), HEADER.size)
+    data = ctypes.create_string_buffer(DATA.size)
+    libc.call("capget", header, data)
+    _, low, _, _, high, _ = DATA.unpack(data.raw)
+    mask = low | high << 32
+    return {capability for capability in range(LAST_POSSIBLE + 1) if mask >> capability & 1}

@@ -1,7 +1,7 @@
 """Landlock: which files a Linux process may still reach, whoever it runs as.
 
-A ruleset names kinds of access that are denied, except beneath directories with a rule. Here
-everything that the kernel knows how to deny is denied; descriptors that are open stay open.
+A ruleset names kinds of access that are denied, except where a rule allows them. Here there are no
+rules: everything that the kernel knows how to deny is denied. Descriptors that are open stay open.
 
 Sources: landlock(7), Linux' uapi/linux/landlock.h.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterable
 
 from vq.sandbox.libc import Libc
 from vq.sandbox.system_calls import number_of
@@ -19,14 +18,8 @@ from vq.sandbox.system_calls import number_of
 __all__ = ["restrict", "version"]
 
 CREATE_RULESET_VERSION = 1
-RULE_PATH_BENEATH = 1
-REMOVE_FILE = 1 << 5
-O_PATH = 0o10000000
-"""The same on all processors with a table in `system_calls`; Python has it on Linux only."""
 RULESET = struct.Struct("=QQQ")
 """`struct landlock_ruleset_attr`: handled_access_fs, handled_access_net, scoped."""
-PATH_BENEATH = struct.Struct("=Qi")
-"""`struct landlock_path_beneath_attr`, packed: allowed_access, parent_fd."""
 
 _FILES = {1: 13, 2: 14, 3: 15, 5: 16}
 """From which version on how many kinds of access to files are known."""
@@ -44,32 +37,20 @@ def version(libc: Libc, machine: str) -> int:
         return 0
 
 
-def restrict(libc: Libc, machine: str, *, removable: Iterable[str] = ()) -> int:
+def restrict(libc: Libc, machine: str) -> int:
     """Denies this thread all that Landlock can deny; returns the kernel's version of it.
 
-    Files in the directories `removable` may still be removed. The process must have given up new
-    privileges. Raises `OSError` where there is no Landlock.
+    It must have given up new privileges. Raises `OSError` where there is no Landlock.
     """
     has = libc.system_call(_call("create_ruleset", machine), None, 0, CREATE_RULESET_VERSION)
     ruleset = _bytes(RULESET.pack(*(_mask(known, has) for known in (_FILES, _NETWORK, _SCOPES))))
     # An older kernel takes a shorter structure, and a longer one if the rest of it is zero.
     fd = libc.system_call(_call("create_ruleset", machine), ruleset, RULESET.size, 0)
     try:
-        for directory in removable:
-            _allow(libc, machine, fd, directory)
         libc.system_call(_call("restrict_self", machine), fd, 0)
     finally:
         os.close(fd)
     return has
-
-
-def _allow(libc: Libc, machine: str, ruleset: int, directory: str) -> None:
-    parent = os.open(directory, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        rule = _bytes(PATH_BENEATH.pack(REMOVE_FILE, parent))
-        libc.system_call(_call("add_rule", machine), ruleset, RULE_PATH_BENEATH, rule, 0)
-    finally:
-        os.close(parent)
 
 
 def _mask(known: dict[int, int], has: int) -> int:

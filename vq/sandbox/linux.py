@@ -24,9 +24,8 @@ from vq.sandbox.seccomp import INSTRUCTION, Call, Condition, HasBits, Is, LacksB
 from vq.sandbox.system_calls import number_of
 from vq.sandbox.user import become
 
-__all__ = ["confine", "facilities", "filter_for", "listed_calls"]
+__all__ = ["confine", "facilities", "filter_for", "keep_helper_privileges", "listed_calls"]
 
-PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
@@ -49,12 +48,6 @@ SYSTEM_CALLS = (
     *("exit", "exit_group", "getpid", "getrandom", "gettid"),
 )
 """What the interpreter and the C library make."""
-
-CONNECTING = ("connect", "socket")
-"""Only for who connects to Unix sockets itself."""
-
-REMOVING = ("unlink", "unlinkat", "lstat")
-"""Only for who removes sockets of its own; of files Landlock leaves no others."""
 
 REFUSED = (
     *("access", "faccessat", "faccessat2", "getcwd", "getdents64", "lstat", "newfstatat", "open"),
@@ -83,7 +76,7 @@ def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
     machine = platform.machine()
     result = Confinement()
     if policy.user is not None:
-        result.take("namespaces", lambda: _leave_host(libc, machine, policy))
+        result.take("namespaces", lambda: _leave_host(libc, machine))
         capabilities.bound(libc)
         become(policy.user)
         result.held["user"] = f"user {policy.user.name}"
@@ -91,14 +84,29 @@ def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
         result.take("namespaces", lambda: _leave_host_as_user(libc))
     result.take("capabilities", lambda: _drop_capabilities(libc))
     result.take("no_new_privs", lambda: _no_new_privileges(libc))
-    result.take("landlock", lambda: _restrict_files(libc, machine, policy))
+    result.take("landlock", lambda: _restrict_files(libc, machine))
     result.take("seccomp", lambda: _filter(libc, machine, policy))
     return result
 
 
-def die_with_parent(libc: Libc, signal: int) -> None:
-    """Has the kernel send us a signal when the process that forked us ends."""
-    libc.call("prctl", PR_SET_PDEATHSIG, signal, 0, 0, 0)
+def keep_helper_privileges(*, again: bool, libc: Libc | None = None) -> None:
+    """In a helper that is root: keeps the capabilities that it may need, and no others.
+
+    They are for the taps, also those that are moved to another network namespace, for ending a
+    worker of another user, and for removing sockets from a user's directory; with `again` also for
+    starting another worker.
+    """
+    libc = libc or Libc()
+    kept = {
+        *(capabilities.CAP_NET_ADMIN, capabilities.CAP_SYS_ADMIN),
+        *(capabilities.CAP_KILL, capabilities.CAP_DAC_OVERRIDE),
+    }
+    if again:
+        kept |= {capabilities.CAP_SETUID, capabilities.CAP_SETGID, capabilities.CAP_SETPCAP}
+    _no_new_privileges(libc)
+    has = capabilities.permitted(libc)
+    capabilities.bound(libc, kept)
+    capabilities.keep_only(libc, kept & has)
 
 
 def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
@@ -116,22 +124,18 @@ def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
 # --- the filter ----------------------------------------------------------------------------------
 
 
-def listed_calls(policy: Policy) -> list[str]:
+def listed_calls() -> list[str]:
     """The names of all calls that the modules which are loaded list, in no particular order."""
     names = dict.fromkeys(SYSTEM_CALLS)
     for name, module in sorted(sys.modules.items()):
         if name.startswith("vq.") and name != __name__:
             names |= dict.fromkeys(getattr(module, "SYSTEM_CALLS", ()))
-    if policy.connects:
-        names |= dict.fromkeys(CONNECTING)
-    if policy.removable:
-        names |= dict.fromkeys(REMOVING)
     return list(names)
 
 
 def filter_for(policy: Policy, machine: str) -> bytes:
     """The program for the kernel. Raises `UsageError` for a processor that has no table."""
-    names = listed_calls(policy)
+    names = listed_calls()
     allowed: list[Call] = []
     for name in names:
         number = _number(name, machine)
@@ -147,8 +151,7 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     return compile_filter(
         machine,
         allowed,
-        refused=_numbers((name for name in REFUSED if name not in names), machine)
-        + _numbers(CONDITIONS.keys() & {"newfstatat"}, machine),
+        refused=_numbers(REFUSED, machine),
         error=errno.EACCES,
     )
 
@@ -169,10 +172,7 @@ def _number(name: str, machine: str) -> int | None:
 # --- steps ---------------------------------------------------------------------------------------
 
 
-def _leave_host(libc: Libc, machine: str, policy: Policy) -> str:
-    if policy.connects or policy.removable:
-        namespaces.leave_network(libc)
-        return "own namespaces"
+def _leave_host(libc: Libc, machine: str) -> str:
     namespaces.leave_host(libc, machine)
     return "own namespaces without files"
 
@@ -192,8 +192,8 @@ def _no_new_privileges(libc: Libc) -> str:
     return "no new privileges"
 
 
-def _restrict_files(libc: Libc, machine: str, policy: Policy) -> str:
-    version = landlock.restrict(libc, machine, removable=policy.removable)
+def _restrict_files(libc: Libc, machine: str) -> str:
+    version = landlock.restrict(libc, machine)
     return f"Landlock version {version}"
 
 
@@ -203,7 +203,7 @@ def _filter(libc: Libc, machine: str, policy: Policy) -> str:
     count = len(program) // INSTRUCTION.size
     descriptor = _Program(count, ctypes.addressof(code))
     libc.call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(descriptor), 0, 0)
-    return f"{len(listed_calls(policy))} system calls"
+    return f"{len(listed_calls())} system calls"
 
 
 class _Program(ctypes.Structure):
@@ -229,4 +229,3 @@ def _has_seccomp(libc: Libc, machine: str) -> bool:
     except (OSError, KeyError):
         return False
     return True
-

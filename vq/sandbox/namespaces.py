@@ -13,7 +13,7 @@ import os
 from vq.sandbox.libc import Libc
 from vq.sandbox.system_calls import number_of
 
-__all__ = ["leave_host", "leave_host_as_user", "leave_network", "try_in_child"]
+__all__ = ["leave_host", "leave_host_as_user", "try_in_child"]
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -35,11 +35,6 @@ def leave_host(libc: Libc, machine: str) -> None:
     """
     libc.call("unshare", _ALL)
     _empty_root(libc, machine)
-
-
-def leave_network(libc: Libc) -> None:
-    """For root: the same namespaces, with the host's files still in view. Raises `OSError`."""
-    libc.call("unshare", _ALL)
 
 
 def leave_host_as_user(libc: Libc) -> None:

@@ -24,8 +24,8 @@ def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
     if policy.user is not None:
         become(policy.user)
         result.held["user"] = f"user {policy.user.name}"
-    result.take("unveil", lambda: _unveil(libc, policy))
-    result.take("pledge", lambda: _pledge(libc, policy))
+    result.take("unveil", lambda: _unveil(libc))
+    result.take("pledge", lambda: _pledge(libc))
     return result
 
 
@@ -35,21 +35,13 @@ def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
     return {name: libc.has(name) for name in ("pledge", "unveil")}
 
 
-def _unveil(libc: Libc, policy: Policy) -> str:
-    """Hides all files but the directories that the policy names: "c" is to create and remove."""
-    for directory in policy.removable:
-        libc.call("unveil", directory.encode(), b"c")
-    if policy.connects:
-        # Connecting to a socket writes to it, says unveil(2)'s "w".
-        libc.call("unveil", b"/", b"w")
-    if not policy.removable and not policy.connects:
-        libc.call("unveil", b"/", b"")
+def _unveil(libc: Libc) -> str:
+    libc.call("unveil", b"/", b"")
     libc.call("unveil", None, None)
     return "no files in view"
 
 
-def _pledge(libc: Libc, policy: Policy) -> str:
-    promises = [*PROMISES, *(["cpath"] if policy.removable else [])]
-    words = " ".join(promises)
-    libc.call("pledge", words.encode(), None)
-    return f"pledged {words}"
+def _pledge(libc: Libc) -> str:
+    promises = " ".join(PROMISES)
+    libc.call("pledge", promises.encode(), None)
+    return f"pledged {promises}"

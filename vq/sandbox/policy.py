@@ -20,10 +20,6 @@ class Policy:
 
     user: User | None = None
     """Who it becomes; None to stay who it is."""
-    removable: tuple[str, ...] = ()
-    """Directories in which it still removes sockets of its own."""
-    connects: bool = False
-    """Whether it connects to Unix sockets by their paths."""
     ioctls: tuple[int, ...] = ()
     """Requests that it makes of its descriptors, beside those of the runtime."""
     data_fds: tuple[int, ...] = ()

@@ -22,7 +22,16 @@ from typing import NamedTuple
 from vq.errors import UsageError
 from vq.sandbox.system_calls import ARCHITECTURES
 
-__all__ = ["ALLOW", "INSTRUCTION", "KILL_PROCESS", "Call", "HasBits", "Is", "LacksBits", "compile_filter"]
+__all__ = [
+    "ALLOW",
+    "INSTRUCTION",
+    "KILL_PROCESS",
+    "Call",
+    "HasBits",
+    "Is",
+    "LacksBits",
+    "compile_filter",
+]
 
 KILL_PROCESS = 0x80000000
 ERRNO = 0x00050000
@@ -45,23 +54,23 @@ _X32 = 0x40000000
 
 
 class Is(NamedTuple):
-    """A condition: the low 32 bits of the argument `index` are `value`."""
+    """A condition: the low 32 bits of the argument of this number are `value`."""
 
-    index: int
+    argument: int
     value: int
 
 
 class HasBits(NamedTuple):
-    """A condition: one of these bits is set in the low half of the argument `index`."""
+    """A condition: one of these bits is set in the low half of the argument of this number."""
 
-    index: int
+    argument: int
     bits: int
 
 
 class LacksBits(NamedTuple):
-    """A condition: none of these bits is set in the low half of the argument `index`."""
+    """A condition: none of these bits is set in the low half of the argument of this number."""
 
-    index: int
+    argument: int
     bits: int
 
 
@@ -124,7 +133,7 @@ def _block(call: Call) -> list[_Instruction]:
     for place, condition in enumerate(call.conditions):
         # To the last instruction of the block: over the tests that follow, and the return.
         to_end = 2 * (len(call.conditions) - place - 1) + 1
-        tests.append((_LOAD, 0, 0, _ARGUMENTS + 8 * condition.index))
+        tests.append((_LOAD, 0, 0, _ARGUMENTS + 8 * condition.argument))
         match condition:
             case Is(_, value):
                 tests.append((_IF_EQUAL, 0, to_end, value & 0xFFFFFFFF))

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from vq.device import Device
 from vq.loop import Loop
+from vq.privsep import Connector, SeparatedTap
 
 __all__ = ["Kind"]
 
@@ -20,6 +21,12 @@ class Kind(ABC):
     capabilities: ClassVar[Mapping[str, object]]
     """What ``--print-capabilities`` prints (QEMU's docs/interop/vhost-user.json)."""
 
+    def __init__(self) -> None:
+        self.taps: list[SeparatedTap] = []
+        """The taps of the devices, whose settings are made by whoever keeps the privileges."""
+        self.connector = Connector()
+        """What connects to Unix sockets by path, for devices that do so while they are served."""
+
     @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the options of this kind; those of the transport are there already."""
@@ -28,7 +35,8 @@ class Kind(ABC):
     def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
         """Makes the devices, one for each socket, with all that they need of the host.
 
-        What they hold is given back when `stack` is closed. Raises `UsageError` and `OSError`.
+        This is the last time that files can be opened: who serves the devices may not. What they
+        hold is given back when `stack` is closed. Raises `UsageError` and `OSError`.
         """
 
     def sockets_needed(self, args: argparse.Namespace) -> int:
