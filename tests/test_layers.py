@@ -14,7 +14,7 @@ ROOT = Path(vq.__file__).parent
 
 LAYERS = (
     ("errors", "abi"),
-    ("memory", "packet", "pcap", "ioctl", "unix_socket"),
+    ("memory", "packet", "pcap", "ioctl", "system_calls", "unix_socket"),
     ("split_ring", "driver", "offload", "platforms"),
     ("software", "inflight", "abi_probe"),
     ("device", "link", "tun_hdr", "net_driver", "net_filter", "dhcp"),

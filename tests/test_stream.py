@@ -25,7 +25,7 @@ from vq.errors import UsageError
 from vq.link import Frame, FrameBuffer, Port
 from vq.offload import Offload
 from vq.stream import MAX_RECEIVED, MAX_SENT, StreamLink
-from vq.unix_socket import connect
+from vq.unix_socket import connect as connect_to
 
 PLAIN = bytes(12)
 
@@ -409,7 +409,7 @@ def test_a_client_does_not_try_again_more_than_once_a_second(
         tries.append(path)
         if len(tries) > 1:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        return connect(path)
+        return connect_to(path)
 
     with closing(StreamLink.listen(path)) as server:
         client = StreamLink.connect(path, reconnect=True, connect=once)

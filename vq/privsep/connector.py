@@ -33,7 +33,7 @@ class Connector:
         self._helper: socket.socket | None = None
 
     def name(self, path: str) -> None:
-        """There will be connections to this path. Raises `UsageError` when no socket can be there."""
+        """There will be connections to this path. Raises `UsageError` for one that cannot be."""
         unix_socket.check_path(path)
         if path not in self.paths:
             self.paths.append(path)

@@ -12,12 +12,13 @@ import ctypes
 import os
 import struct
 
+from vq.errors import UsageError
 from vq.sandbox.libc import Libc
-from vq.sandbox.system_calls import number_of
+from vq.system_calls import number_of
 
 __all__ = ["restrict", "version"]
 
-CREATE_RULESET_VERSION = 1
+LANDLOCK_CREATE_RULESET_VERSION = 1
 RULESET = struct.Struct("=QQQ")
 """`struct landlock_ruleset_attr`: handled_access_fs, handled_access_net, scoped."""
 
@@ -32,8 +33,10 @@ _SCOPES = {6: 2}
 def version(libc: Libc, machine: str) -> int:
     """The version of Landlock that the kernel speaks, 0 for none."""
     try:
-        return libc.system_call(_call("create_ruleset", machine), None, 0, CREATE_RULESET_VERSION)
-    except (OSError, KeyError):
+        return libc.system_call(
+            _call("create_ruleset", machine), None, 0, LANDLOCK_CREATE_RULESET_VERSION
+        )
+    except (OSError, UsageError):
         return 0
 
 
@@ -42,7 +45,9 @@ def restrict(libc: Libc, machine: str) -> int:
 
     It must have given up new privileges. Raises `OSError` where there is no Landlock.
     """
-    has = libc.system_call(_call("create_ruleset", machine), None, 0, CREATE_RULESET_VERSION)
+    has = libc.system_call(
+        _call("create_ruleset", machine), None, 0, LANDLOCK_CREATE_RULESET_VERSION
+    )
     ruleset = _bytes(RULESET.pack(*(_mask(known, has) for known in (_FILES, _NETWORK, _SCOPES))))
     # An older kernel takes a shorter structure, and a longer one if the rest of it is zero.
     fd = libc.system_call(_call("create_ruleset", machine), ruleset, RULESET.size, 0)

@@ -17,16 +17,27 @@ import platform
 import sys
 from collections.abc import Iterable
 
+from vq.errors import UsageError
 from vq.sandbox import capabilities, landlock, namespaces
 from vq.sandbox.libc import Libc
 from vq.sandbox.policy import Confinement, Policy
-from vq.sandbox.seccomp import INSTRUCTION, Call, Condition, HasBits, Is, LacksBits, compile_filter
-from vq.sandbox.system_calls import number_of
+from vq.sandbox.seccomp import (
+    INSTRUCTION,
+    SECCOMP_RET_KILL_PROCESS,
+    Call,
+    Condition,
+    HasBits,
+    Is,
+    LacksBits,
+    compile_filter,
+)
 from vq.sandbox.user import become
+from vq.system_calls import number_of
 
 __all__ = ["confine", "facilities", "filter_for", "keep_helper_privileges", "listed_calls"]
 
 PR_SET_NO_NEW_PRIVS = 38
+PR_GET_NO_NEW_PRIVS = 39
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
 SECCOMP_GET_ACTION_AVAIL = 2
@@ -138,7 +149,7 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     names = listed_calls()
     allowed: list[Call] = []
     for name in names:
-        number = _number(name, machine)
+        number = number_of(name, machine)
         if number is None:
             continue
         if name == "ioctl":
@@ -157,16 +168,8 @@ def filter_for(policy: Policy, machine: str) -> bytes:
 
 
 def _numbers(names: Iterable[str], machine: str) -> list[int]:
-    return [number for name in names if (number := _number(name, machine)) is not None]
-
-
-def _number(name: str, machine: str) -> int | None:
-    try:
-        return number_of(name, machine)
-    except KeyError:
-        raise OSError(
-            errno.ENOSYS, f"the number of the system call {name} on {machine} is not known"
-        ) from None
+    numbers = (number_of(name, machine) for name in names)
+    return [number for number in numbers if number is not None]
 
 
 # --- steps ---------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class _Program(ctypes.Structure):
 
 def _has_prctl(libc: Libc) -> bool:
     try:
-        return libc.call("prctl", 39, 0, 0, 0, 0) >= 0  # PR_GET_NO_NEW_PRIVS
+        return libc.call("prctl", PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) >= 0
     except OSError:
         return False
 
@@ -224,8 +227,8 @@ def _has_seccomp(libc: Libc, machine: str) -> bool:
     try:
         number = number_of("seccomp", machine)
         assert number is not None
-        action = ctypes.c_uint32(0x80000000)  # SECCOMP_RET_KILL_PROCESS
+        action = ctypes.c_uint32(SECCOMP_RET_KILL_PROCESS)
         libc.system_call(number, SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(action))
-    except (OSError, KeyError):
+    except (OSError, UsageError):
         return False
     return True

@@ -11,7 +11,7 @@ import contextlib
 import os
 
 from vq.sandbox.libc import Libc
-from vq.sandbox.system_calls import number_of
+from vq.system_calls import number_of
 
 __all__ = ["leave_host", "leave_host_as_user", "try_in_child"]
 

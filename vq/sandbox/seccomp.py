@@ -20,12 +20,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vq.errors import UsageError
-from vq.sandbox.system_calls import ARCHITECTURES
+from vq.system_calls import ARCHITECTURES
 
 __all__ = [
-    "ALLOW",
     "INSTRUCTION",
-    "KILL_PROCESS",
+    "SECCOMP_RET_ALLOW",
+    "SECCOMP_RET_KILL_PROCESS",
     "Call",
     "HasBits",
     "Is",
@@ -33,9 +33,9 @@ __all__ = [
     "compile_filter",
 ]
 
-KILL_PROCESS = 0x80000000
-ERRNO = 0x00050000
-ALLOW = 0x7FFF0000
+SECCOMP_RET_KILL_PROCESS = 0x80000000
+SECCOMP_RET_ERRNO = 0x00050000
+SECCOMP_RET_ALLOW = 0x7FFF0000
 
 INSTRUCTION = struct.Struct("=HBBI")
 """`struct sock_filter`: code, instructions to skip when true, when false, operand."""
@@ -94,7 +94,7 @@ def compile_filter(
     *,
     refused: Iterable[int] = (),
     error: int = 0,
-    otherwise: int = KILL_PROCESS,
+    otherwise: int = SECCOMP_RET_KILL_PROCESS,
 ) -> bytes:
     """The program for `machine`, an array of `struct sock_filter`.
 
@@ -107,15 +107,15 @@ def compile_filter(
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_IF_EQUAL, 1, 0, ARCHITECTURES[machine].audit),
-        (_RETURN, 0, 0, KILL_PROCESS),
+        (_RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS),
         (_LOAD, 0, 0, _NUMBER),
     ]
     if machine == "x86_64":
-        program += [(_IF_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, KILL_PROCESS)]
+        program += [(_IF_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS)]
     for call in allowed:
         program += _block(call)
     for number in refused:
-        program += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, ERRNO | error & 0xFFFF)]
+        program += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, SECCOMP_RET_ERRNO | error & 0xFFFF)]
     program.append((_RETURN, 0, 0, otherwise))
     if len(program) > MAX_INSTRUCTIONS:
         raise UsageError(f"a filter of {len(program)} instructions, the kernel takes 4096")
@@ -128,7 +128,7 @@ _Instruction = tuple[int, int, int, int]
 def _block(call: Call) -> list[_Instruction]:
     """Allows one call, and is passed through by all others with the number still loaded."""
     if not call.conditions:
-        return [(_IF_EQUAL, 0, 1, call.number), (_RETURN, 0, 0, ALLOW)]
+        return [(_IF_EQUAL, 0, 1, call.number), (_RETURN, 0, 0, SECCOMP_RET_ALLOW)]
     tests: list[_Instruction] = []
     for place, condition in enumerate(call.conditions):
         # To the last instruction of the block: over the tests that follow, and the return.
@@ -141,5 +141,5 @@ def _block(call: Call) -> list[_Instruction]:
                 tests.append((_IF_BITS, 0, to_end, bits))
             case LacksBits(_, bits):
                 tests.append((_IF_BITS, to_end, 0, bits))
-    body = [*tests, (_RETURN, 0, 0, ALLOW), (_LOAD, 0, 0, _NUMBER)]
+    body = [*tests, (_RETURN, 0, 0, SECCOMP_RET_ALLOW), (_LOAD, 0, 0, _NUMBER)]
     return [(_IF_EQUAL, 0, len(body), call.number), *body]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vq.errors import UsageError
+
 __all__ = ["ARCHITECTURES", "Architecture", "names", "number_of"]
 
 
@@ -141,8 +143,10 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
 def number_of(name: str, machine: str) -> int | None:
     """The number of the call `name` on `machine`; None where it does not exist.
 
-    Raises `KeyError` for a name that is in no table, or a processor that is not known.
+    Raises `UsageError` for a name that is in no table, and for a processor that has none.
     """
+    if machine not in ARCHITECTURES or name not in _NUMBERS:
+        raise UsageError(f"the number of the system call {name} on {machine} is not known")
     return _NUMBERS[name][ARCHITECTURES[machine].column]
 
 
