@@ -7,9 +7,11 @@ user's rights decide cannot be installed, and still skips.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
+
+from vq.testing.transports import TRANSPORTS
 
 REQUIRED = os.environ.get("VQ_REQUIRE", "0") not in ("", "0")
 NOT_TO_BE_INSTALLED = (
@@ -31,3 +33,13 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"VQ_REQUIRE is set, but: {reason}"
     return report
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def over(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests once for each way from a guest to its net device."""
+    from net_world import World
+
+    World.over = request.param
+    yield request.param
+    World.over = "direct"

@@ -13,6 +13,7 @@ from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
 from vq.offload import ALL, Offload
+from vq.testing.transports import connect
 
 VERSION_1 = 1 << Feature.VERSION_1
 OUR_MAC = bytes.fromhex("020000000003")
@@ -128,10 +129,13 @@ class World:
         options.setdefault("mac", OUR_MAC)
         self.device = NetDevice(self.link, memory=memory, **options)  # type: ignore[arg-type]
 
+    over = "direct"
+    """The transport, one of `vq.testing.transports.TRANSPORTS`."""
+
     def drive(self, wanted: int = -1, **options: object) -> NetDriver:
         options.setdefault("timeout", 1.0)
         return NetDriver(
-            self.device,
+            connect(self.device, self.over),
             self.memory,
             wanted,
             **options,  # type: ignore[arg-type]
@@ -155,7 +159,7 @@ class RawGuest:
     ) -> None:
         self.device = device
         self.memory = memory
-        self.driver = Driver(device, memory, wanted, queue_size=queue_size)
+        self.driver = Driver(connect(device, World.over), memory, wanted, queue_size=queue_size)
         self.driver.probe()
 
     def ring(self, index: int) -> DriverRing:

@@ -105,7 +105,7 @@ def holds(condition: Condition, arguments: tuple[int, ...]) -> bool:
 def test_a_call_is_allowed_when_one_of_its_lines_holds(
     allowed: list[Call], refused: set[int], number: int, arguments: tuple[int, ...], machine: str
 ) -> None:
-    program = compile_filter(machine, allowed, refused=refused, error=errno.EACCES)
+    program = compile_filter(machine, allowed, refused=dict.fromkeys(refused, errno.EACCES))
     lines = [call.conditions for call in allowed if call.number == number]
     if any(all(holds(condition, arguments) for condition in line) for line in lines):
         expected = SECCOMP_RET_ALLOW
@@ -140,12 +140,14 @@ def test_calls_by_another_processors_table_kill(machine: str) -> None:
 
 
 def test_the_second_table_of_x86_64_kills() -> None:
-    program = compile_filter("x86_64", [Call(3), Call(3 | X32)], refused=[4 | X32])
+    program = compile_filter("x86_64", [Call(3), Call(3 | X32)], refused={4 | X32: 1})
     assert run(program, 3 | X32) == run(program, 4 | X32) == SECCOMP_RET_KILL_PROCESS
 
 
 def test_the_programs_bytes() -> None:
-    program = compile_filter("aarch64", [Call(64), Call(29, (Is(1, 0x5421),))], refused=[56])
+    program = compile_filter(
+        "aarch64", [Call(64), Call(29, (Is(1, 0x5421),))], refused={56: errno.EACCES}
+    )
     assert list(INSTRUCTION.iter_unpack(program)) == [
         (0x20, 0, 0, 4),  # the table
         (0x15, 1, 0, 0xC00000B7),
@@ -159,7 +161,7 @@ def test_the_programs_bytes() -> None:
         (0x06, 0, 0, 0x7FFF0000),
         (0x20, 0, 0, 0),
         (0x15, 0, 1, 56),
-        (0x06, 0, 0, 0x00050000),
+        (0x06, 0, 0, 0x0005000D),
         (0x06, 0, 0, 0x80000000),
     ]
 
@@ -200,8 +202,7 @@ def in_child(work: Callable[[], int], *allowed: Call, refused: tuple[str, ...] =
     program = compile_filter(
         machine,
         [*(Call(number_of(name, machine) or 0) for name in basics), *allowed],
-        refused=[number_of(name, machine) or 0 for name in refused],
-        error=errno.EACCES,
+        refused={number_of(name, machine) or 0: errno.EACCES for name in refused},
     )
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("=H6xQ", len(program) // INSTRUCTION.size, ctypes.addressof(code))

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 from vq.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "Architecture", "names", "number_of"]
+__all__ = ["ARCHITECTURES", "THREADS", "Architecture", "names", "number_of"]
+
+THREADS = ("clone", "clone3", "rseq", "sched_getaffinity", "set_robust_list")
+"""What a module lists, in its `SYSTEM_CALLS`, whose code starts threads (see `vq.sandbox.linux`)."""
 
 
 class Architecture(NamedTuple):
@@ -119,6 +122,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139),
+    "sched_getaffinity": (204, 123),
     "sched_yield": (24, 124),
     "seccomp": (317, 277),
     "select": (23, None),

@@ -15,7 +15,7 @@ import ctypes
 import errno
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from vq.errors import UsageError
 from vq.sandbox import capabilities, landlock, namespaces
@@ -65,6 +65,9 @@ REFUSED = (
     *("openat", "readlink", "readlinkat", "stat", "statx", "unlink", "unlinkat"),
 )
 """What looks for files fails: there are none to be found."""
+
+UNKNOWN = ("clone3",)
+"""What a filter cannot look into is not there, where it is listed: the C library uses `clone`."""
 
 CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "mmap": (LacksBits(2, PROT_EXEC),),
@@ -139,8 +142,9 @@ def listed_calls() -> list[str]:
     """The names of all calls that the modules which are loaded list, in no particular order."""
     names = dict.fromkeys(SYSTEM_CALLS)
     for name, module in sorted(sys.modules.items()):
-        if name.startswith("vq.") and name != __name__:
-            names |= dict.fromkeys(getattr(module, "SYSTEM_CALLS", ()))
+        listed = getattr(module, "SYSTEM_CALLS", None)
+        if name != __name__ and isinstance(listed, tuple):
+            names |= dict.fromkeys(listed)
     return list(names)
 
 
@@ -150,7 +154,7 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     allowed: list[Call] = []
     for name in names:
         number = number_of(name, machine)
-        if number is None:
+        if number is None or name in UNKNOWN:
             continue
         if name == "ioctl":
             requests = (FIONBIO, FIOCLEX, *policy.ioctls)
@@ -162,14 +166,16 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     return compile_filter(
         machine,
         allowed,
-        refused=_numbers(REFUSED, machine),
-        error=errno.EACCES,
+        refused=_refused(names, machine),
     )
 
 
-def _numbers(names: Iterable[str], machine: str) -> list[int]:
-    numbers = (number_of(name, machine) for name in names)
-    return [number for number in numbers if number is not None]
+def _refused(names: Collection[str], machine: str) -> dict[int, int]:
+    """The errno for each call that fails instead of killing."""
+    errors = dict.fromkeys(REFUSED, errno.EACCES)
+    errors |= dict.fromkeys((name for name in UNKNOWN if name in names), errno.ENOSYS)
+    numbers = {number_of(name, machine): error for name, error in errors.items()}
+    return {number: error for number, error in numbers.items() if number is not None}
 
 
 # --- steps ---------------------------------------------------------------------------------------

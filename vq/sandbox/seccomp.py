@@ -16,7 +16,7 @@ Sources: seccomp(2), Linux' uapi/linux/seccomp.h, uapi/linux/bpf_common.h, uapi/
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vq.errors import UsageError
@@ -92,13 +92,12 @@ def compile_filter(
     machine: str,
     allowed: Sequence[Call],
     *,
-    refused: Iterable[int] = (),
-    error: int = 0,
+    refused: Mapping[int, int] | None = None,
     otherwise: int = SECCOMP_RET_KILL_PROCESS,
 ) -> bytes:
     """The program for `machine`, an array of `struct sock_filter`.
 
-    Calls in `refused` fail with the errno `error`; all others that are not `allowed` meet
+    Calls in `refused` fail with the errno given there; all others that are not `allowed` meet
     `otherwise`. Calls by another processor's table kill the process. Raises `UsageError` for a
     machine that no table is known of, and for more than the kernel takes.
     """
@@ -114,7 +113,7 @@ def compile_filter(
         program += [(_IF_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS)]
     for call in allowed:
         program += _block(call)
-    for number in refused:
+    for number, error in (refused or {}).items():
         program += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, SECCOMP_RET_ERRNO | error & 0xFFFF)]
     program.append((_RETURN, 0, 0, otherwise))
     if len(program) > MAX_INSTRUCTIONS:

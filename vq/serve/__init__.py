@@ -17,20 +17,22 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from vq import sandbox
+from vq.device import Device
 from vq.errors import UsageError, VqError, in_words
 from vq.loop import Loop
-from vq.options import Parser
+from vq.options import Parser, positive
 from vq.privsep import Helper, Worker
 from vq.serve import confinement, transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
 
-__all__ = ["KINDS", "add_arguments", "run"]
+__all__ = ["KINDS", "add_arguments", "parse", "run"]
 
 log = logging.getLogger(__name__)
 
 KINDS = {
     "net": ("vq.serve.net:NetKind", "a network device"),
+    "rng": ("vq.serve.rng:RngKind", "an entropy device"),
 }
 """For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""
 
@@ -38,7 +40,8 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the word for the device; the options behind it are the device's own to parse."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    words = "\n".join(f"  {word:<20}{summary}" for word, (_, summary) in KINDS.items())
+    words = "".join(f"  {word:<20}{summary}\n" for word, (_, summary) in KINDS.items())
+    words += "  MODULE:CLASS        a device model of your own"
     parser.epilog = f"devices:\n{words}\n\n`vq serve DEVICE --help` has the options of one."
     parser.add_argument("device", metavar="DEVICE", help="what to serve, one of those below")
     parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="its options")
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises `UsageError` and `OSError` for what keeps it from beginning to serve.
     """
-    kind, args = _parse(args.device, args.options)
+    words = [args.device, *args.options]
+    kind, args = parse(args.device, args.options)
     transport.check(args, needed=kind.sockets_needed(args))
     confinement.check(args)
     logging.basicConfig(
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     with ExitStack() as stack:
-        service = _Service(kind, args, stack)
+        service = _Service(kind, args, words, stack)
         return service.run()
 
 
@@ -69,9 +73,12 @@ class _Service:
     both.
     """
 
-    def __init__(self, kind: Kind, args: argparse.Namespace, stack: ExitStack) -> None:
+    def __init__(
+        self, kind: Kind, args: argparse.Namespace, words: Sequence[str], stack: ExitStack
+    ) -> None:
         self._kind = kind
         self._args = args
+        self._words = words
         self._strays = confinement.open_descriptors() - {args.fd}
         self._loop = Loop()
         stack.callback(self._loop.close)
@@ -137,6 +144,8 @@ class _Service:
         """Serves the devices in this process; `ready` is called once frontends may come."""
         args, kind = self._args, self._kind
         with ExitStack() as stack:
+            if args.record is not None:
+                _record(self._devices[0], args, self._words, stack)
             for place, device in zip(self._places, self._devices, strict=True):
                 transport.offer(
                     args,
@@ -169,13 +178,20 @@ def _stop_by_signal(loop: Loop, stack: ExitStack) -> None:
         signal.signal(number, lambda *_: loop.stop())
 
 
-def _parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
+def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
     """The kind of device that `word` stands for, and what its options say."""
-    if word not in KINDS:
-        raise UsageError(f"{word!r} is no device; the devices are {', '.join(KINDS)}")
-    place, summary = KINDS[word]
-    module, _, name = place.partition(":")
-    kind: Kind = getattr(importlib.import_module(module), name)()
+    if ":" in word:
+        from vq.serve.custom import CustomKind
+
+        kind: Kind = CustomKind(word)
+        summary = word
+    elif word in KINDS:
+        place, summary = KINDS[word]
+        module, _, name = place.partition(":")
+        kind = getattr(importlib.import_module(module), name)()
+    else:
+        devices = ", ".join(KINDS)
+        raise UsageError(f"{word!r} is no device; the devices are {devices} and MODULE:CLASS")
     parser = Parser(prog=f"vq serve {word}", description=f"Serve {summary} over vhost-user.")
     transport.add_arguments(parser)
     confinement.add_arguments(parser)
@@ -193,9 +209,32 @@ def _parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
         const=kind.capabilities,
         help="print what this program can do, as vhost-user's conventions have it, and end",
     )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down all that happens, for `vq replay` (of the first device where there are"
+        " two); it has all that the guest sends and receives",
+    )
+    parser.add_argument(
+        "--record-limit",
+        type=positive,
+        default=256,
+        metavar="MIB",
+        help="record no more than this, before it is compressed (default: %(default)s)",
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="log more")
     kind.add_arguments(parser)
     return kind, parser.parse_args(words)
+
+
+def _record(
+    device: Device, args: argparse.Namespace, words: Sequence[str], stack: ExitStack
+) -> None:
+    from vq.recording.recorder import Recorder
+
+    recorder = Recorder(device, args.record, limit=args.record_limit << 20, served=words)
+    stack.callback(recorder.close)
+    log.info("recording to %s", args.record)
 
 
 class _PrintCapabilities(argparse.Action):

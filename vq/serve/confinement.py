@@ -47,6 +47,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--user is for root: others cannot become another user")
     if args.user is not None and args.sandbox == "off":
         raise UsageError("--user goes with a sandbox: with --sandbox=off nobody becomes another")
+    if args.restart and args.record is not None:
+        raise UsageError("--record writes down one life of a device: it goes without --restart")
 
 
 def user_of(args: argparse.Namespace) -> sandbox.User | None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 from vq.device import Device
+from vq.link import Link
 from vq.loop import Loop
 from vq.privsep import Connector, SeparatedTap
 
@@ -20,6 +21,9 @@ class Kind(ABC):
 
     capabilities: ClassVar[Mapping[str, object]]
     """What ``--print-capabilities`` prints (QEMU's docs/interop/vhost-user.json)."""
+
+    needs_nothing_of_the_host: ClassVar[bool] = False
+    """Whether the options alone, with the link of a recording, make the device once more."""
 
     def __init__(self) -> None:
         self.taps: list[SeparatedTap] = []
@@ -38,6 +42,15 @@ class Kind(ABC):
         This is the last time that files can be opened: who serves the devices may not. What they
         hold is given back when `stack` is closed. Raises `UsageError` and `OSError`.
         """
+
+    def open_for_replay(
+        self, args: argparse.Namespace, link: Link | None, stack: ExitStack
+    ) -> Device:
+        """Makes the first of the devices once more, for a replay of what it did.
+
+        `link` is the recording's, for a device that has one.
+        """
+        return self.open_devices(args, stack)[0]
 
     def sockets_needed(self, args: argparse.Namespace) -> int:
         """How many sockets there must be: as many as `open_devices` makes devices."""

@@ -36,6 +36,7 @@ class NetKind(Kind):
     """A network device, or two that are joined (``--link pair``)."""
 
     capabilities: ClassVar[Mapping[str, object]] = {"type": "net"}  # no "features" there
+    needs_nothing_of_the_host = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """See `Kind`."""
@@ -115,6 +116,14 @@ class NetKind(Kind):
             link = SeparatedTap(link, len(self.taps))
             self.taps.append(link)
         return [_net_device(args, link, args.mac, stack, capture=args.capture)]
+
+    def open_for_replay(
+        self, args: argparse.Namespace, link: Link | None, stack: ExitStack
+    ) -> Device:
+        """Plugs the device into the recording's link in place of its own."""
+        if link is None:
+            raise UsageError("the recording is not of a network device")
+        return _net_device(args, link, args.mac, stack)
 
     def follow(self, devices: Sequence[Device], loop: Loop) -> None:
         """Lets the guests know when the host takes an interface up or down."""
