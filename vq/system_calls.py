@@ -16,7 +16,7 @@ from vq.errors import UsageError
 __all__ = ["ARCHITECTURES", "THREADS", "Architecture", "names", "number_of"]
 
 THREADS = ("clone", "clone3", "rseq", "sched_getaffinity", "set_robust_list")
-"""What a module lists, in its `SYSTEM_CALLS`, whose code starts threads (see `vq.sandbox.linux`)."""
+"""What a module lists in its `SYSTEM_CALLS` when its code starts threads (see `vq.sandbox`)."""
 
 
 class Architecture(NamedTuple):
