@@ -46,8 +46,8 @@ LOOK_SECONDS = 0.5
 LAST_WORDS = (0, 2, 128 + signal.SIGPIPE)
 """Exit statuses that another worker would end with, too: all is done, or it was used wrongly."""
 SOON = 0.01
-SHORT_LIFE = 1.0
-LONGEST_PAUSE = 5.0
+SHORT_LIFE = 0.3
+LONGEST_PAUSE = 1.0
 """A worker that lived less than `SHORT_LIFE` seconds is not started again at once: the pause grows
 from life to life, up to this."""
 

@@ -36,6 +36,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from vq.errors import CaptureError
+from vq.files import create
 from vq.system_calls import THREADS
 
 __all__ = ["Event", "Header", "Kind", "RecordingReader", "RecordingWriter"]
@@ -195,7 +196,7 @@ class RecordingWriter:
         self._last = self._now = time.monotonic()
         self._stop = threading.Event()
         self._closed = False
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        self._file = create(path)
         described = header.encode()
         self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
         self._file.flush()
