@@ -5,6 +5,8 @@ A scripted guest stands in front of the device; the taps and the processes are r
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import random
 import shutil
@@ -27,12 +29,12 @@ from test_serve import (
     Guest,
     Plug,
     Serve,
-    Served,
     eventually,
     plug,
     serve,
 )
 
+from vq import sandbox
 from vq.abi import NetFeature
 from vq.cli import main
 from vq.memory import GuestMemory
@@ -130,13 +132,13 @@ def test_offloads_follow_the_guest_through_the_helper(serve: Serve, host: Namesp
         frontend = VhostFrontend(served.paths[0], memory)
         driver = NetDriver(frontend, memory, idle=frontend.wait)
         eventually(lambda: offloads_of(host)[csum] and offloads_of(host)[tso], "offloads on")
-        driver.set_offloads(1 << NetFeature.GUEST_CSUM)
+        driver.set_guest_offloads(1 << NetFeature.GUEST_CSUM)
         eventually(lambda: offloads_of(host)[csum] and not offloads_of(host)[tso], "TSO off")
         for _ in range(50):  # faster than the helper answers
-            driver.set_offloads(0)
-            driver.set_offloads(1 << NetFeature.GUEST_CSUM | 1 << NetFeature.GUEST_TSO4)
+            driver.set_guest_offloads(0)
+            driver.set_guest_offloads(1 << NetFeature.GUEST_CSUM | 1 << NetFeature.GUEST_TSO4)
         eventually(lambda: offloads_of(host)[tso], "TSO on again")
-        driver.set_offloads(0)
+        driver.set_guest_offloads(0)
         driver.close()
         frontend.close()
         eventually(lambda: not offloads_of(host)[csum], "offloads off once the guest is gone")
@@ -157,24 +159,39 @@ def test_an_ordinary_user_is_served_by_two_processes_too(tmp_path: Path, plug: P
     need_root()  # to become one
     directory = tmp_path / "theirs"
     directory.mkdir()
-    for parent in (directory, *directory.parents[:3]):
-        os.chmod(parent, 0o755)
     os.chown(directory, 65534, 65534)
-
-    def become_ordinary() -> None:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-
-    served = Served(directory, prepare=become_ordinary)
+    path, log = str(directory / "s"), directory / "log"
+    importlib.import_module("vq.serve.net")  # an ordinary user may not read where tests run
+    sandbox.prepare()
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+            os.chdir(directory)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            logging.getLogger().handlers.clear()
+            status = main(["serve", "net", "--socket=s"])
+        finally:
+            os._exit(status)
     try:
-        plug(served.paths[0]).echo()
-        status = status_of(served.worker.pid)
-        assert int(status["CapEff"][0], 16) == 0
-        assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
-        served.stop()
+        eventually(lambda: os.path.lexists(path), "the socket")
+        plug(path).echo()
+        helper = psutil.Process(child)
+        (worker,) = helper.children()
+        for process in (helper, worker):
+            assert process.uids().real == 65534
+        status_lines = status_of(worker.pid)
+        assert int(status_lines["CapEff"][0], 16) == 0
+        assert (status_lines["NoNewPrivs"], status_lines["Seccomp"]) == (["1"], ["2"])
     finally:
-        served.close()
+        os.kill(child, signal.SIGTERM)
+        ended = os.waitpid(child, 0)[1]
+    assert ended == 0, log.read_text()
+    assert not os.path.lexists(path)
 
 
 def test_without_a_sandbox_there_is_one_process(serve: Serve, plug: Plug) -> None:
@@ -289,19 +306,17 @@ def test_nobody_else_may_connect_to_a_socket_that_is_given_away(
 
 
 @pytest.mark.parametrize("option", ["--capture={}", "--link=pcap:nothing.pcap,{}", "--record={}"])
-def test_no_file_is_written_through_a_link(
-    option: str,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_file_is_written_through_a_link(option: str, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("of the user's")
-    shutil.copy(Path(__file__).parent.parent / "vq/data/sample.pcapng", "nothing.pcap")
-    os.symlink(precious, "trap.pcapng")
-    assert main(["serve", "net", "--socket=s", option.format("trap.pcapng")]) == 2
-    assert "trap.pcapng: a symbolic link is not written through" in capfd.readouterr().err
+    shutil.copy(Path(__file__).parent.parent / "vq/data/sample.pcapng", tmp_path / "nothing.pcap")
+    (tmp_path / "trap.pcapng").symlink_to(precious)
+    argv = [sys.executable, "-m", "vq", "serve", "net", "--socket=s", option.format("trap.pcapng")]
+    done = subprocess.run(
+        argv, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("trap.pcapng: a symbolic link is not written through\n")
     assert precious.read_text() == "of the user's"
 
 
@@ -374,7 +389,7 @@ def test_service_is_back_whoever_is_killed(serve: Serve, plug: Plug, host: Names
             victim, restart = served.worker.pid, False
         moment = time.monotonic() + rng.random() * 0.1
         while time.monotonic() < moment:
-            guest.driver.send_burst([(b"\0" * 12, frame)] * 8) if False else guest.send(frame)
+            guest.send(frame)
             guest.driver.receive()
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()

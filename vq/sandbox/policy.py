@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from vq.errors import UsageError
+from vq.errors import UsageError, in_words
 from vq.sandbox.user import User
 
 __all__ = ["Confinement", "Policy", "Step"]
@@ -40,7 +40,7 @@ class Confinement:
         try:
             self.held[name] = step()
         except (OSError, UsageError) as error:
-            self.missing[name] = str(error)
+            self.missing[name] = in_words(error)
 
     def __str__(self) -> str:
         return "; ".join(self.held.values()) or "nothing"
