@@ -292,6 +292,16 @@ def test_a_processor_without_a_table_has_no_filter(monkeypatch: pytest.MonkeyPat
     assert "sparc64" in held.missing["seccomp"] and "landlock" in held.missing
 
 
+def test_a_list_with_an_unknown_call_is_wrong_use_and_no_reason_for_no_filter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_linux()
+    monkeypatch.setattr(vq, "SYSTEM_CALLS", ("opennat",), raising=False)
+    library = Stub(unshare=0, syscall=0, prctl=0, capset=0)
+    with pytest.raises(UsageError, match="the system call opennat has no number here"):
+        linux.confine(Policy(), libc=Libc(library))
+
+
 def test_a_confinement_says_what_it_is() -> None:
     held = Confinement()
     assert str(held) == "nothing"

@@ -35,8 +35,10 @@ from test_serve import (
 )
 
 from vq import sandbox
-from vq.abi import NetFeature
+from vq.abi import DeviceId, NetFeature
 from vq.cli import main
+from vq.device import RING_FEATURES
+from vq.driver import Driver
 from vq.memory import GuestMemory
 from vq.net_driver import NetDriver
 from vq.testing.namespaces import Namespace
@@ -207,6 +209,68 @@ def test_what_a_device_holds_is_not_what_somebody_left_open(serve: Serve, tmp_pa
         served = serve(fds=[file.fileno()])
     assert not [link for link in descriptors(served.worker.pid) if "secret" in link]
     served.stop()
+
+
+MODEL = """
+import os
+from vq import Device
+from vq.abi import DeviceId
+from vq.device import RING_FEATURES
+
+class Source(Device):
+    device_id = DeviceId.ENTROPY
+    def __init__(self, does="read"):
+        super().__init__(features=RING_FEATURES, queues=[("requests", 64)])
+        self.source = os.open("/dev/urandom", os.O_RDONLY)
+        self.does = does
+    def process(self, queue, ring):
+        chains = ring.pop_burst(64)
+        for chain in chains:
+            if self.does == "ask":
+                os.uname()
+            elif self.does == "look":
+                try:
+                    os.open("/dev/urandom", os.O_RDONLY)
+                except PermissionError:
+                    pass
+            chain.written = os.readv(self.source, chain.writable)
+        ring.write_used_burst(chains)
+        self.publish(queue)
+        return bool(chains)
+"""
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("does", ["read", "look", "ask"])
+def test_a_model_of_ones_own_does_what_it_lists(does: str, listed: bool, tmp_path: Path) -> None:
+    """What is open may be used; files are not found; another call has to be listed."""
+    need_linux()
+    model = MODEL + ('SYSTEM_CALLS = ("uname",)\n' if listed else "")
+    (tmp_path / "model.py").write_text(model)
+    path = tmp_path / "s"
+    argv = [sys.executable, "-m", "vq", "serve", "model:Source", f"--socket={path}"]
+    with subprocess.Popen(
+        [*argv, "--with", f"does={does}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            eventually(path.exists, "the socket")
+            with GuestMemory.allocate(1 << 20) as memory:
+                frontend = VhostFrontend(
+                    path, memory, device_id=DeviceId.ENTROPY, queue_count=1, queue_size=64
+                )
+                guest = Driver(frontend, memory, RING_FEATURES)
+                guest.probe()
+                queue = guest.queues[0]
+                queue.add((), [(guest.allocator.allocate(32), 32)])
+                guest.kick(0)
+                killed = does == "ask" and not listed
+                eventually(lambda: bool(process.poll() if killed else queue.collect()), "an answer")
+                frontend.close()
+        finally:
+            process.terminate()
+            _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == (1 if killed else 0), said
+    assert ("a system call that is not on its list" in said) == killed
 
 
 # --- what is missing -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Sources: Linux, arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl.
 
 from __future__ import annotations
 
+import errno
 from typing import NamedTuple
 
 from vq.errors import UsageError
@@ -137,6 +138,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "stat": (4, None),
     "statx": (332, 291),
     "tgkill": (234, 131),
+    "uname": (63, 160),
     "unlink": (87, None),
     "unlinkat": (263, 35),
     "write": (1, 64),
@@ -147,10 +149,12 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
 def number_of(name: str, machine: str) -> int | None:
     """The number of the call `name` on `machine`; None where it does not exist.
 
-    Raises `UsageError` for a name that is in no table, and for a processor that has none.
+    Raises `UsageError` for a name that is in no table, `OSError` for a processor that has none.
     """
-    if machine not in ARCHITECTURES or name not in _NUMBERS:
-        raise UsageError(f"the number of the system call {name} on {machine} is not known")
+    if machine not in ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"the system calls of {machine} have no numbers here")
+    if name not in _NUMBERS:
+        raise UsageError(f"the system call {name} has no number here (vq/system_calls.py)")
     return _NUMBERS[name][ARCHITECTURES[machine].column]
 
 

@@ -51,7 +51,8 @@ def prepare() -> None:
 def confine(policy: Policy) -> Confinement:
     """Confines this process to what `policy` leaves it; says what holds and what is missing.
 
-    Raises `OSError` when it cannot become the user that the policy names.
+    Raises `OSError` when it cannot become the user that the policy names, `UsageError` when a
+    module lists a system call that is not known.
     """
     if sys.platform == "linux":
         from vq.sandbox import linux

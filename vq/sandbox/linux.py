@@ -17,7 +17,6 @@ import platform
 import sys
 from collections.abc import Collection
 
-from vq.errors import UsageError
 from vq.sandbox import capabilities, landlock, namespaces
 from vq.sandbox.libc import Libc
 from vq.sandbox.policy import Confinement, Policy
@@ -83,8 +82,8 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
 def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
     """Confines this process, which must have one thread, to what `policy` leaves it.
 
-    Raises `OSError` when it cannot become the policy's user; everything else that cannot be had is
-    in the answer.
+    Raises `OSError` when it cannot become the policy's user, and `UsageError` when a module lists a
+    system call that has no number here; everything else that cannot be had is in the answer.
     """
     libc = libc or Libc()
     machine = platform.machine()
@@ -149,7 +148,7 @@ def listed_calls() -> list[str]:
 
 
 def filter_for(policy: Policy, machine: str) -> bytes:
-    """The program for the kernel. Raises `UsageError` for a processor that has no table."""
+    """The program for the kernel. Raises as `number_of` does."""
     names = listed_calls()
     allowed: list[Call] = []
     for name in names:
@@ -235,6 +234,6 @@ def _has_seccomp(libc: Libc, machine: str) -> bool:
         assert number is not None
         action = ctypes.c_uint32(SECCOMP_RET_KILL_PROCESS)
         libc.system_call(number, SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(action))
-    except (OSError, UsageError):
+    except OSError:
         return False
     return True

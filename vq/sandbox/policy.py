@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from vq.errors import UsageError, in_words
+from vq.errors import in_words
 from vq.sandbox.user import User
 
 __all__ = ["Confinement", "Policy", "Step"]
@@ -39,7 +39,7 @@ class Confinement:
         """Takes up one facility, or notes that it is missing."""
         try:
             self.held[name] = step()
-        except (OSError, UsageError) as error:
+        except OSError as error:
             self.missing[name] = in_words(error)
 
     def __str__(self) -> str:

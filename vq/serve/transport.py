@@ -15,6 +15,8 @@ from vq.errors import UsageError
 from vq.loop import Loop
 from vq.privsep import Connector
 from vq.unix_socket import Listener
+from vq.vhost_backend import protocol_features
+from vq.vhost_message import ProtocolFeature
 from vq.vhost_user import Client, Connection, Server, unwatch_device, watch_device
 
 __all__ = ["Place", "add_arguments", "check", "offer", "open_places", "tell_supervisor"]
@@ -105,27 +107,48 @@ def offer(
 ) -> None:
     """Puts a device in its place; it is taken off again when `stack` is closed."""
     gone = loop.stop if args.once else None
+    offered = _offered(args, device)
     if place.socket is None:
         client = Client(
             device,
             loop,
             place.name,
+            offered=offered,
             queue_num=queue_num,
             on_disconnect=gone,
             connect=connector.connect,
         )
         stack.callback(client.close)
     elif place.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        server = Server(device, loop, place.socket, queue_num=queue_num, on_disconnect=gone)
+        server = Server(
+            device, loop, place.socket, offered=offered, queue_num=queue_num, on_disconnect=gone
+        )
         stack.callback(server.close)
         log.info("%s: waiting for a frontend", server.name)
     else:
         watch_device(device, loop)
         stack.callback(unwatch_device, device, loop)
         connection = Connection(
-            place.socket, device, loop, name=place.name, queue_num=queue_num, on_closed=loop.stop
+            place.socket,
+            device,
+            loop,
+            name=place.name,
+            offered=offered,
+            queue_num=queue_num,
+            on_closed=loop.stop,
         )
         stack.callback(connection.close)
+
+
+def _offered(args: argparse.Namespace, device: Device) -> int | None:
+    """The protocol features to offer; None for the device's own.
+
+    Notes of what is in flight are kept in a file without a name. Without memfd_create(2) that is a
+    temporary file, and a confined process makes none.
+    """
+    if args.sandbox == "off" or hasattr(os, "memfd_create"):
+        return None
+    return protocol_features(device) & ~(1 << ProtocolFeature.INFLIGHT_SHMFD)
 
 
 def _listen(args: argparse.Namespace, path: str, stack: ExitStack) -> socket.socket:
