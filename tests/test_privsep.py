@@ -27,7 +27,7 @@ from vq.link import NullLink, Port, Tap
 from vq.loop import Loop
 from vq.offload import ALL, Offload
 from vq.privsep import Connector, Helper, SeparatedTap, Worker
-from vq.privsep.channel import Channel, channel_pair
+from vq.privsep.channel import MOST_UNSENT, Channel, channel_pair
 from vq.privsep.connector import answer
 from vq.privsep.helper import describe_end
 from vq.privsep.message import (
@@ -357,6 +357,37 @@ def test_a_full_socket_keeps_messages_in_order(loop: Loop) -> None:
     assert heard == [Look(number) for number in range(5000)]
     sender.close()
     receiver.close()
+
+
+def test_who_does_not_listen_is_not_listened_to(loop: Loop) -> None:
+    """A worker in a guest's hands asks and asks: the helper's memory does not grow."""
+    one, other = channel_pair()
+    heard = 0
+
+    def answer_it(_: Message) -> None:
+        nonlocal heard
+        heard += 1
+        channel.send(Look(0))
+
+    channel = Channel(one, loop, answer_it, lambda _: None)
+    sent = 0
+    ends = time.monotonic() + 1
+    while time.monotonic() < ends and sent < 20_000:
+        with suppress(BlockingIOError):
+            other.send(encode(Look(1)))
+            sent += 1
+        loop.run_once(0)
+    assert len(channel._unsent) == MOST_UNSENT and heard < sent
+    while True:  # it listens after all, and everything is answered
+        with suppress(BlockingIOError):
+            while other.recv(MAX_SIZE):
+                pass
+        if heard == sent and not channel._unsent:
+            break
+        assert time.monotonic() < ends + SECONDS
+        loop.run_once(0)
+    channel.close()
+    other.close()
 
 
 def test_bytes_that_are_no_message_end_a_channel(loop: Loop) -> None:

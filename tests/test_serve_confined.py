@@ -436,6 +436,29 @@ def test_memory_that_is_cut_short_kills_the_worker_and_it_is_started_again(
     assert "the worker is started again" in log
 
 
+def test_a_new_worker_finds_the_queues_as_the_first_one_did(serve: Serve, plug: Plug) -> None:
+    """The dead one had attached two; attaching one again is refused by the kernel."""
+    need_tap()
+    need_namespaces()
+    with Namespace("vqsep") as host:
+        host.add_tap(TAP, queues=2)
+        host.run(f"ip addr add 198.18.91.1/24 dev {TAP} && ip link set {TAP} up")
+        words = ("--restart", "--queue-pairs=2", f"--link=tap:{TAP}")
+        served = serve(*words, prefix=host.argv())
+        for _ in range(2):
+            guest = plug(served.paths[0], pairs=2)
+            assert guest.driver.set_queue_pairs(2)
+            assert answers(guest)
+            first = served.worker
+            first.kill()
+            eventually(lambda dead=first: not dead.is_running(), "its end")  # type: ignore[misc]
+            guest.frontend.disconnect()
+        guest = plug(served.paths[0], pairs=2)
+        assert all(answers(guest) for _ in range(5)), "frames of one queue alone"
+        log = served.stop()
+    assert "refused" not in log and "broke" not in log
+
+
 def test_service_is_back_whoever_is_killed(serve: Serve, plug: Plug, host: Namespace) -> None:
     """Under traffic, at random moments; nothing is left over."""
     rng = random.Random(1)

@@ -308,7 +308,12 @@ class LinuxTap(Tap):
             wanted = index < count
             if port.active != wanted:
                 flags = IFF_ATTACH_QUEUE if wanted else IFF_DETACH_QUEUE
-                fcntl.ioctl(port.fileno(), TUNSETQUEUE, IFREQ.pack(b"", flags))
+                try:
+                    fcntl.ioctl(port.fileno(), TUNSETQUEUE, IFREQ.pack(b"", flags))
+                except OSError as error:
+                    # tun.c: the queue is so already, by another process that shares it.
+                    if error.errno != errno.EINVAL:
+                        raise
                 port.active = wanted
 
     @property

@@ -1,8 +1,8 @@
 """One end of the socket between helper and worker, watched by a loop.
 
 A message is one datagram that cannot be split (SOCK_SEQPACKET), and the end of the other process is
-the end of the socket. What is on the way is bounded by what each side may ask for before it is
-answered, so a socket's buffer is never full for long; then what is to be said waits here.
+the end of the socket. What the socket has no room for waits here; who does not listen to answers is
+not listened to, so that no more than a few can wait for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ __all__ = ["Channel", "channel_pair"]
 SYSTEM_CALLS = ("recvmsg", "sendmsg")
 
 MESSAGES_PER_TURN = 16
+MOST_UNSENT = 64
+"""With so many messages that the other side does not take, it is not heard any more."""
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
@@ -78,6 +80,9 @@ class Channel:
 
     def _readable(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
+            if len(self._unsent) >= MOST_UNSENT:
+                self._watch()
+                return
             try:
                 data = self._socket.recvmsg(MAX_SIZE + 1)[0]
             except BlockingIOError:
@@ -104,15 +109,20 @@ class Channel:
                 self._socket.sendmsg([data], rights if fd >= 0 else [], _NO_SIGNAL)
             except BlockingIOError:
                 break
-            except OSError:
-                break  # the other side is gone, and reading will tell
+            except OSError:  # the other side is gone, and reading will tell
+                while self._unsent:
+                    _close(self._unsent.popleft()[1])
+                break
             self._unsent.popleft()
             _close(fd)
         self._watch()
 
     def _watch(self) -> None:
-        writable = self._flush if self._unsent else None
-        self._loop.watch(self._socket.fileno(), readable=self._readable, writable=writable)
+        self._loop.watch(
+            self._socket.fileno(),
+            readable=self._readable if len(self._unsent) < MOST_UNSENT else None,
+            writable=self._flush if self._unsent else None,
+        )
 
     def _end(self, error: MessageError | None) -> None:
         self.close()

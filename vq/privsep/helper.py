@@ -106,8 +106,8 @@ class Helper:
     def _start(self) -> None:
         self._status = None
         self._told.clear()
-        for tap in self._taps:  # what the last one wanted is nothing to the new one
-            self._set(tap, Offload.NONE)
+        for tap in self._taps:
+            self._begin_anew(tap)
         ours, theirs = channel_pair()
         our_connections, their_connections = channel_pair()
         # A signal between the fork and the worker's own handlers waits for these.
@@ -220,6 +220,18 @@ class Helper:
                     on_ready()
             case _:
                 self._hung_up(MessageError(f"{type(message).__name__} is the helper's to say"))
+
+    def _begin_anew(self, tap: SeparatedTap) -> None:
+        """What the last worker wanted is nothing to the next one.
+
+        Which queues it used is not known here: all of them, and then the first one, is known.
+        """
+        self._set(tap, Offload.NONE)
+        try:
+            tap.tap.activate_ports(len(tap.ports))
+            tap.tap.activate_ports(1)
+        except OSError as error:
+            log.warning("%s: the host refused: %s", tap.name, error.strerror)
 
     def _set(self, tap: SeparatedTap, offloads: Offload) -> int:
         """Sets a tap's offloads; 0 or the kernel's errno."""
