@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 
 from vq import system_calls
@@ -26,6 +25,7 @@ from .conftest import (
     address_host,
     assert_well,
     wait_until,
+    worker_of,
 )
 
 
@@ -36,20 +36,6 @@ def tap(host: Namespace) -> Iterator[str]:
     address_host(host)
     yield f"tap:{TAP}"
     host.run(f"ip link del {TAP}")
-
-
-def worker_of(served: Served) -> psutil.Process:
-    """The process of the `Served` that serves guests: the one whose parent is the same program."""
-    everything = psutil.Process(served._process._process.pid).children(recursive=True)
-    (worker,) = [
-        process
-        for process in everything
-        if "serve" in process.cmdline()
-        and process.parent() in everything
-        and "serve" in process.parent().cmdline()
-        and process.uids().real != 0
-    ]
-    return worker
 
 
 def offload(host: Namespace, name: str) -> bool:
