@@ -13,7 +13,7 @@ import vq
 ROOT = Path(vq.__file__).parent
 
 LAYERS = (
-    ("errors", "abi", "files"),
+    ("errors", "abi", "abi_block", "files"),
     ("memory", "packet", "pcap", "ioctl", "system_calls", "unix_socket"),
     ("split_ring", "driver", "offload", "platforms"),
     ("software", "inflight", "abi_probe", "request", "asyncio_thread"),
