@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from vq.errors import UsageError
 
-__all__ = ["ARCHITECTURES", "THREADS", "Architecture", "names", "number_of"]
+__all__ = ["ARCHITECTURES", "THREAD_CALLS", "Architecture", "names", "number_of"]
 
-THREADS = ("clone", "clone3", "rseq", "sched_getaffinity", "set_robust_list")
+THREAD_CALLS = ("clone", "clone3", "rseq", "sched_getaffinity", "set_robust_list")
 """What a module lists in its `SYSTEM_CALLS` when its code starts threads (see `vq.sandbox`)."""
 
 

@@ -36,11 +36,11 @@ from vq.devices.block_image import Image
 from vq.model import DeviceModel
 from vq.packet import cut
 from vq.request import Request, Writer, blank
-from vq.system_calls import THREADS
+from vq.system_calls import THREAD_CALLS
 
 __all__ = ["BlockDevice"]
 
-SYSTEM_CALLS = THREADS
+SYSTEM_CALLS = THREAD_CALLS
 
 log = logging.getLogger(__name__)
 

@@ -40,11 +40,11 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 from vq.errors import CaptureError
 from vq.files import create
-from vq.system_calls import THREADS
+from vq.system_calls import THREAD_CALLS
 
 __all__ = ["Event", "Header", "Kind", "RecordingReader", "RecordingWriter"]
 
-SYSTEM_CALLS = THREADS
+SYSTEM_CALLS = THREAD_CALLS
 
 MAGIC = b"VQREC"
 VERSION = 1
