@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -449,7 +450,7 @@ def test_a_connector_refuses_paths_where_no_socket_can_be(tmp_path: Path) -> Non
 class Run:
     """A helper in this process, with this work in its worker; `taps` are its own."""
 
-    def __init__(self, work: Callable[[Worker, Loop], int], *taps: FakeTap, **how: bool) -> None:
+    def __init__(self, work: Callable[[Worker, Loop], int], *taps: FakeTap, **how: Any) -> None:
         self.loop = Loop()
         self.taps = [SeparatedTap(tap, index) for index, tap in enumerate(taps)]
         self.ready = 0
@@ -502,6 +503,26 @@ def test_who_stops_the_helper_ends_the_worker_in_order(tmp_path: Path) -> None:
     run.helper._on_ready = run.loop.stop
     assert run() == 0
     assert note.read_text() == "in order"
+
+
+def test_signals_for_the_worker_are_passed_on(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+
+    def work(worker: Worker, loop: Loop) -> int:
+        signal.signal(signal.SIGHUP, lambda *_: loop.stop())
+        worker.ready()
+        loop.run()
+        note.write_text("heard")
+        return 0
+
+    before = signal.getsignal(signal.SIGHUP)
+    run = Run(work, signals=(signal.SIGHUP,))
+    run.helper._on_ready = lambda: os.kill(os.getpid(), signal.SIGHUP)
+    try:
+        assert run() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert note.read_text() == "heard"
 
 
 def test_a_worker_that_does_not_end_is_killed(

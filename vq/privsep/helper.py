@@ -64,7 +64,7 @@ class Helper:
 
     `work` gets the worker's end and returns the exit status; it is called in the child, which ends
     when it returns. `loop` is the helper's own; whoever stops it ends the worker in order. Once the
-    first worker is ready `on_ready` is called.
+    first worker is ready `on_ready` is called. `signals` that the helper gets are the worker's.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Helper:
         taps: Sequence[SeparatedTap] = (),
         connector: Connector | None = None,
         restart: bool = False,
+        signals: Sequence[int] = (),
         on_ready: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
@@ -82,6 +83,7 @@ class Helper:
         self._taps = taps
         self._connector = connector or Connector()
         self._restart = restart
+        self._signals = signals
         self._on_ready = on_ready
         self._channels: list[Channel] = []
         self._pid = 0
@@ -92,6 +94,8 @@ class Helper:
 
     def run(self) -> int:
         """Serves until the loop is stopped or the worker has ended for good; the exit status."""
+        for number in self._signals:
+            signal.signal(number, self._pass_on)
         self._start()
         self._loop.call_later(LOOK_SECONDS, self._look_again)
         try:
@@ -111,7 +115,8 @@ class Helper:
         ours, theirs = channel_pair()
         our_connections, their_connections = channel_pair()
         # A signal between the fork and the worker's own handlers waits for these.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        waiting = (signal.SIGTERM, signal.SIGINT, *self._signals)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
             self._pid = os.fork()
             if self._pid == 0:
@@ -191,6 +196,11 @@ class Helper:
                 log.error("the worker does not end, and is killed")
                 self._kill()
                 deadline += PATIENCE
+
+    def _pass_on(self, number: int, _: object) -> None:
+        """A signal for the worker came here: ours is the process that is known."""
+        if self._pid:  # in a worker there is none, until it has a handler of its own
+            os.kill(self._pid, number)
 
     def _kill(self) -> None:
         if self._pid:

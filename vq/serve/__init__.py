@@ -109,6 +109,7 @@ class _Service:
             taps=self._kind.taps,
             connector=self._kind.connector,
             restart=self._args.restart,
+            signals=self._kind.signals,
             on_ready=self._worker_is_ready,
         )
         sandbox.prepare()

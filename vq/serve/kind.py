@@ -25,6 +25,9 @@ class Kind(ABC):
     needs_nothing_of_the_host: ClassVar[bool] = False
     """Whether the options alone, with the link of a recording, make the device once more."""
 
+    signals: ClassVar[Sequence[int]] = ()
+    """Signals that `follow` has handlers for."""
+
     def __init__(self) -> None:
         self.taps: list[SeparatedTap] = []
         """The taps of the devices, whose settings are made by whoever keeps the privileges."""
