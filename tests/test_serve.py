@@ -122,7 +122,10 @@ class Served:
         return self.log()
 
     def kill(self) -> None:
-        self.process.kill()
+        """All of it at once, as a machine does that loses its power."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(self.process.pid).children(), self.process]:
+                process.kill()
         self.ended()
 
     def close(self) -> None:

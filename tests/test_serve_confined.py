@@ -409,7 +409,8 @@ def test_a_helper_that_dies_ends_its_worker(serve: Serve, plug: Plug) -> None:
     guest = plug(served.paths[0])
     guest.echo()
     worker = served.worker
-    served.kill()
+    served.process.kill()
+    served.ended()
     eventually(lambda: not worker.is_running(), "the worker's end")
     with pytest.raises(ConnectionError):
         while True:
