@@ -110,3 +110,52 @@ def test_what_was_never_taken_is_not_noted() -> None:
     notes.popped([1, 2, 3])
     notes.unpopped([2])
     assert InflightQueue(memoryview(memory), SIZE).recover(0) == [1, 3]
+
+
+def test_what_is_taken_up_again_keeps_its_place() -> None:
+    """Seen with a backend that was killed twice: it had taken up one of five chains again, and the
+    next backend put that behind the four that were still to be taken up. With IN_ORDER the driver
+    refused the used element (virtio 1.3, 2.7.9)."""
+    memory, notes = fresh()
+    notes.recover(0)
+    notes.popped([3, 4, 5, 6, 7])
+    second = InflightQueue(memoryview(memory), SIZE)
+    assert second.recover(0) == [3, 4, 5, 6, 7]
+    second.popped([3])
+    assert InflightQueue(memoryview(memory), SIZE).recover(0) == [3, 4, 5, 6, 7]
+    second.popped([4])
+    second.publishing([3], 1)
+    second.published([3], 1)
+    second.popped([0])
+    assert InflightQueue(memoryview(memory), SIZE).recover(1) == [4, 5, 6, 7, 0]
+
+
+class DyingView:
+    """Notes of which no more than `steps` are written: then death comes."""
+
+    def __init__(self, memory: bytearray, steps: int) -> None:
+        self.memory = memory
+        self.steps = steps
+
+    def __getitem__(self, index: int) -> int:
+        return self.memory[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        if not self.steps:
+            raise InterruptedError
+        self.steps -= 1
+        self.memory[index] = value
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_death_while_chains_are_put_back_leaves_the_first_ones(steps: int) -> None:
+    """The next backend goes on in the available ring behind as many as are noted."""
+    memory, notes = fresh()
+    notes.recover(0)
+    notes.popped([5, 6, 7])
+    dying = InflightQueue(DyingView(memory, steps), SIZE)  # type: ignore[arg-type]
+    try:
+        dying.unpopped([5, 6, 7])
+    except InterruptedError:
+        assert steps < 3
+    assert InflightQueue(memoryview(memory), SIZE).recover(0) == [5, 6, 7][: 3 - steps]

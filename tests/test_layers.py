@@ -13,8 +13,8 @@ import vq
 ROOT = Path(vq.__file__).parent
 
 LAYERS = (
-    ("errors", "abi", "abi_block", "abi_console", "abi_vsock", "log_limit"),
-    ("memory", "packet", "pcap", "ioctl", "unix_socket"),
+    ("errors", "abi", "abi_block", "abi_console", "abi_vsock", "files", "log_limit"),
+    ("memory", "packet", "pcap", "ioctl", "system_calls", "unix_socket"),
     ("split_ring", "driver", "offload", "platforms"),
     ("software", "inflight", "abi_probe", "request", "asyncio_thread"),
     ("device", "link", "tun_hdr", "net_driver", "net_filter", "dhcp", "driver_registers"),
@@ -22,8 +22,9 @@ LAYERS = (
     ("mmio", "pci_function"),
     ("pci",),
     ("net_receive", "net_transmit", "net_control", "guest_stack", "loop", "vhost_message", "model"),
+    ("sandbox",),
     ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel"),
-    ("net", "tap", "vhost_backend", "devices"),
+    ("net", "tap", "vhost_backend", "devices", "privsep"),
     ("vhost_user",),
     ("recording",),
     ("testing", "options"),
@@ -77,7 +78,7 @@ def test_the_guests_side_shares_nothing_with_the_devices_side() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_places_for_it_know_an_operating_system(path: Path) -> None:
-    if place_of(path) in {"tap", "tap_linux", "tap_bsd", "platforms", "testing"}:
+    if place_of(path) in {"tap", "tap_linux", "tap_bsd", "platforms", "sandbox", "testing"}:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -173,7 +173,11 @@ def test_golden_numbers(names, golden):
 
 def test_platforms_of_one_system_have_the_same_names():
     for names in (LINUX, OPENBSD, FREEBSD):
-        assert {tuple(TABLES[name]) for name in names} == {tuple(TABLES[names[0]])}
+        shared = [
+            tuple(entry for entry in TABLES[name] if not entry.startswith("__NR_"))
+            for name in names
+        ]
+        assert set(shared) == {shared[0]}
 
 
 def test_this_hosts_numbers_are_those_that_python_was_compiled_with():
@@ -249,7 +253,7 @@ def test_another_system_has_no_numbers():
 
 HEADER_NAME = re.compile(
     r"(TUN[SGD]|TUN_[FH]_(?!ALL)|TUNM|TAP[SG]|TAPMRU|IFF_|IFCAP_|IFNAMSIZ|SIOC|FIO|IOV_MAX"
-    r"|ETHTOOL_|CLONE_|LINK_STATE_|PR_|EFD_|MFD_|VHOST_F_|LANDLOCK_|CAP_)"
+    r"|ETHTOOL_|CLONE_|LINK_STATE_|PR_|EFD_|MFD_|VHOST_F_|LANDLOCK_|CAP_|SECCOMP_)"
 )
 """What a constant of a system's headers looks like."""
 

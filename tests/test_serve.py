@@ -101,6 +101,12 @@ class Served:
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
 
+    @property
+    def worker(self) -> psutil.Process:
+        """The process that parses what guests send."""
+        (worker,) = psutil.Process(self.process.pid).children()
+        return worker
+
     def log(self) -> str:
         return self.err.read_text()
 
@@ -116,7 +122,10 @@ class Served:
         return self.log()
 
     def kill(self) -> None:
-        self.process.kill()
+        """All of it at once, as a machine does that loses its power."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(self.process.pid).children(), self.process]:
+                process.kill()
         self.ended()
 
     def close(self) -> None:
@@ -621,7 +630,7 @@ def test_a_frontend_that_breaks_the_protocol_is_dropped_with_the_reason(
 def test_nothing_is_left_of_a_hundred_connections(serve: Serve) -> None:
     need_linux()  # /proc
     served = serve()
-    process = psutil.Process(served.process.pid)
+    process = served.worker
     idle = process.num_fds()
     with GuestMemory.allocate(1 << 20) as memory:
         for _ in range(100):
@@ -861,7 +870,7 @@ def test_a_supervisor_hears_when_it_is_ready_and_when_it_stops(tmp_path: Path) -
 def test_it_is_small_while_it_waits(serve: Serve, plug: Plug) -> None:
     need_linux()  # what of it is the guest's RAM
     served = serve()
-    process = psutil.Process(served.process.pid)
+    process = served.worker
     waiting = process.memory_info().rss
     guest = plug(served.paths[0])
     guest.echo(200)

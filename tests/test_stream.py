@@ -25,6 +25,7 @@ from vq.errors import UsageError
 from vq.link import Frame, FrameBuffer, Port
 from vq.offload import Offload
 from vq.stream import MAX_RECEIVED, MAX_SENT, StreamLink
+from vq.unix_socket import connect as connect_to
 
 PLAIN = bytes(12)
 
@@ -402,26 +403,27 @@ def test_a_client_does_not_try_again_more_than_once_a_second(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(place / "s")
-    with closing(StreamLink.listen(path)) as server:
-        client = StreamLink.connect(path, reconnect=True)
-        until(lambda: server.is_up, lambda: server.ports[0].read_burst(PieceRoom(), 1))
     tries: list[str] = []
 
-    def refuse(path: str) -> socket.socket:
+    def once(path: str) -> socket.socket:
         tries.append(path)
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        if len(tries) > 1:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        return connect_to(path)
 
+    with closing(StreamLink.listen(path)) as server:
+        client = StreamLink.connect(path, reconnect=True, connect=once)
+        until(lambda: server.is_up, lambda: server.ports[0].read_burst(PieceRoom(), 1))
     with closing(client):
-        monkeypatch.setattr(stream, "connect", refuse)
         until(lambda: not client.is_up, lambda: client.ports[0].read_burst(PieceRoom(), 1))
         clock = [time.monotonic() + 1]
         monkeypatch.setattr(time, "monotonic", lambda: clock[0])
         for _ in range(5):
             client.ports[0].write_burst([[PLAIN, bytes(60)]])
-        assert tries == [path]
+        assert tries == [path] * 2
         clock[0] += 1
         client.ports[0].write_burst([[PLAIN, bytes(60)]])
-        assert tries == [path] * 2
+        assert tries == [path] * 3
 
 
 # --- paths ---------------------------------------------------------------------------------------

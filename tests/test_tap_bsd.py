@@ -237,6 +237,27 @@ def test_openbsd_a_helper_makes_every_ioctl(script: Script) -> None:
     assert not script.open_fds
 
 
+@pytest.mark.parametrize("kind", [OpenBsdTap, FreeBsdTap])
+def test_whoever_leaves_control_makes_no_ioctl_any_more(
+    script: Script, kind: type[OpenBsdTap | FreeBsdTap]
+) -> None:
+    """In the worker of `vq.privsep`: the tap is open, and its settings are the helper's."""
+    tap = kind("tap3", calls=script)
+    looked: list[str] = []
+    script.requests()
+    tap.leave_control(lambda: looked.append("again"))
+    tap.expect(Offload.CSUM | Offload.TSO4, 9000)
+    assert (tap.delivers, tap.max_frame) == (Offload.CSUM | Offload.TSO4, 65536 + 14)
+    tap.expect(Offload.NONE, 9000)
+    assert tap.max_frame == 9000 + 22
+    script.to_read.append(bytes(tap.ports[0].header_size + 9000))
+    assert tap.ports[0].read_burst(Lent(1, 100), 1) == 0
+    assert looked == ["again"], "the frame was too long"
+    assert tap.mtu is None
+    tap.close()
+    assert script.requests() == [] and not script.open_fds
+
+
 def test_a_helper_without_an_open_tap_is_refused(script: Script) -> None:
     with pytest.raises(UsageError):
         OpenBsdTap("tap3", set_capabilities=lambda bits: None, calls=script)

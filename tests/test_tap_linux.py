@@ -760,6 +760,17 @@ def test_detached_queues_neither_take_nor_give(namespace: str) -> None:
 
 
 @needs_tap
+def test_queues_that_another_process_attached_or_detached_are_as_wanted(namespace: str) -> None:
+    """A worker that was killed leaves the queues that it shares with its helper as they are."""
+    with closing(LinuxTap("tl%d", queues=2, namespace=namespace)) as tap:
+        second = tap.ports[1]
+        for active, done in ((False, 0x400), (True, 0x200)):  # IFF_DETACH_QUEUE, IFF_ATTACH_QUEUE
+            fcntl.ioctl(second.fileno(), tap_linux.TUNSETQUEUE, struct.pack("16sH22x", b"", done))
+            tap.activate_ports(2 if active else 1)
+            assert second.active == active
+
+
+@needs_tap
 def test_only_the_queues_that_there_are_can_be_used(tap: LinuxTap) -> None:
     for count in (0, 2):
         with pytest.raises(UsageError, match="has 1 queues"):

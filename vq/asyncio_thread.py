@@ -8,7 +8,16 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+from vq.system_calls import THREAD_CALLS
+
 __all__ = ["AsyncioThread", "submit"]
+
+SYSTEM_CALLS = (
+    *THREAD_CALLS,
+    # asyncio's own loop
+    *("epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_wait", "getsockname", "getsockopt"),
+    *("recvfrom", "sendto", "socketpair"),
+)
 
 
 class AsyncioThread:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import enum
 import json
 import os
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeAlias
 
-from vq import abi_probe, memory, platforms
+from vq import abi_probe, memory, platforms, sandbox
 from vq.errors import UsageError
 from vq.link import Link
 from vq.offload import ALL, Offload
@@ -373,37 +372,18 @@ def _queues(name: str) -> Finding:
 
 
 def _sandbox() -> Iterator[Finding]:
-    libc = ctypes.CDLL(None, use_errno=True)
-    status = _lines("/proc/self/status")
-    value = {
-        "landlock": _landlock_version(libc),
-        "seccomp": "Seccomp" in status,
-        "no_new_privs": "NoNewPrivs" in status,
-        "pledge": hasattr(libc, "pledge"),
-        "unveil": hasattr(libc, "unveil"),
-        "capsicum": hasattr(libc, "cap_enter"),
-    }
-    have = [
-        f"landlock (version {has})" if name == "landlock" else name
-        for name, has in value.items()
-        if has
-    ]
-    if value["seccomp"] or value["pledge"] or value["capsicum"]:
-        yield Finding("sandbox", Level.GREEN, ", ".join(have), value=value)
-    else:
-        text = ", ".join(have) or "nothing that confines a process"
-        advice = "run vq as a user of its own, in a container or a jail"
-        yield Finding("sandbox", Level.YELLOW, text, advice, value)
-
-
-def _landlock_version(libc: ctypes.CDLL) -> int:
-    """The version of Landlock that the kernel speaks, 0 for none (landlock_create_ruleset(2))."""
-    known = platforms.numbers(platforms.host())
-    if "__NR_landlock_create_ruleset" not in known:
-        return 0
-    call = ctypes.c_long(known["__NR_landlock_create_ruleset"])
-    ask = ctypes.c_uint(known["LANDLOCK_CREATE_RULESET_VERSION"])
-    return max(0, int(libc.syscall(call, None, ctypes.c_size_t(0), ask)))
+    """What `vq serve` can take from the process that serves guests."""
+    value = sandbox.facilities()
+    have = [f"{name} {has}" if has is not True else name for name, has in value.items() if has]
+    missing = [name for name, has in value.items() if not has]
+    text = ", ".join(have) or "nothing that confines a process"
+    if value and not missing:
+        yield Finding("sandbox", Level.GREEN, text, value=value)
+        return
+    advice = "run vq as a user of its own, in a container or a jail"
+    if have:
+        advice = f"a guest's faults would meet one wall less: there is no {', '.join(missing)}"
+    yield Finding("sandbox", Level.YELLOW, text, advice, value)
 
 
 def _programs() -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vq.errors import UsageError, VqError
+from vq.errors import UsageError, VqError, in_words
 from vq.options import Parser
 
 __all__ = ["join_option_values", "main", "parser"]
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and error.filename is None:
             _give_up_output()
             return 128 + signal.SIGPIPE
-        print(f"vq {named}: {_describe(error)}", file=sys.stderr)
+        print(f"vq {named}: {in_words(error)}", file=sys.stderr)
         if isinstance(error, OSError):
             _give_up_output()
         return 2 if isinstance(error, UsageError | OSError) else 1
@@ -87,12 +87,6 @@ def join_option_values(words: list[str]) -> list[str]:
 
 def _sentence(summary: str) -> str:
     return summary[0].upper() + summary[1:] + "."
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def _flush_output() -> None:

@@ -12,7 +12,15 @@ A virtio device talks to four parties, and a failure belongs to exactly one of t
 
 from __future__ import annotations
 
-__all__ = ["AddressError", "CaptureError", "DriverError", "FrontendError", "UsageError", "VqError"]
+__all__ = [
+    "AddressError",
+    "CaptureError",
+    "DriverError",
+    "FrontendError",
+    "UsageError",
+    "VqError",
+    "in_words",
+]
 
 
 class VqError(Exception):
@@ -66,3 +74,10 @@ class AddressError(UsageError, LookupError):
 
 class CaptureError(UsageError):
     """A capture file that cannot be read: not a capture, cut short, or not Ethernet."""
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong, in one sentence for whoever reads the program's complaints."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

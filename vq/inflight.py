@@ -111,17 +111,27 @@ class InflightQueue:
         return [head for _, head in taken]
 
     def popped(self, heads: Iterable[int]) -> None:
-        """The device has these chains now."""
+        """The device has these chains now.
+
+        One that an earlier backend had keeps its place in the order: those behind it have not been
+        taken up again yet, and the next backend would put it behind them.
+        """
         view = self._view
         for head in heads:
             entry = self._entry(head)
+            if view[entry]:
+                continue
             _LONG.pack_into(view, entry + _ENTRY_COUNTER, self._counter)
             self._counter = self._counter + 1 & (1 << 64) - 1
             view[entry] = 1
 
-    def unpopped(self, heads: Iterable[int]) -> None:
-        """The device never had them."""
-        for head in heads:
+    def unpopped(self, heads: Sequence[int]) -> None:
+        """The device never had them, which were the last that it took, in this order.
+
+        The last one goes first: who is killed in between has the first ones still, and goes on in
+        the available ring behind these.
+        """
+        for head in reversed(heads):
             self._view[self._entry(head)] = 0
 
     def publishing(self, heads: Sequence[int], used_idx: int) -> None:

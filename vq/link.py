@@ -17,7 +17,7 @@ import errno
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from vq.offload import ALL, Offload
 
@@ -34,6 +34,7 @@ __all__ = [
     "Port",
     "QueuePort",
     "Room",
+    "Tap",
     "link_pair",
     "scatter",
 ]
@@ -161,6 +162,34 @@ class Link(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back everything that the link holds. Closing twice is allowed."""
+
+
+class Tap(Link):
+    """A link into the host's network, whose settings may be another process's to make.
+
+    Frames go through the ports' descriptors, which takes no privileges once they are open. What
+    stands here is for whoever holds the ports alone (`vq.privsep`).
+    """
+
+    port_ioctls: ClassVar[tuple[int, ...]] = ()
+    """The ioctls that are made for ports, without privileges."""
+    control_ioctls: ClassVar[tuple[int, ...]] = ()
+    """Those that all other settings take."""
+
+    @abstractmethod
+    def expect(self, delivers: Offload, mtu: int | None) -> None:
+        """Takes note of what holds for the interface by now: sets `delivers` and `max_frame`.
+
+        Nothing is asked of the kernel.
+        """
+
+    @abstractmethod
+    def leave_control(self, on_truncated: Callable[[], None]) -> None:
+        """The settings are another process's from now on: gives back what only they need.
+
+        `on_truncated` is called when a frame was longer than expected. After this only the ports,
+        `activate_ports`, `expect` and `close` work.
+        """
 
 
 def scatter(pieces: Sequence[FrameBuffer], views: Sequence[memoryview]) -> None:

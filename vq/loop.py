@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 __all__ = ["Loop", "Timer"]
 
+SYSTEM_CALLS = ("epoll_ctl", "epoll_pwait", "epoll_wait")
+
 Callback = Callable[[], None]
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DirtyLog", "GuestMemory", "Region", "fence", "order_loads", "order_stores"]
 
+SYSTEM_CALLS = ("ftruncate", "memfd_create")
+
 _ADDRESS_SPACE = 1 << 64
 """Guest-physical addresses are 64 bits wide in every virtio structure (virtio 1.3, 2.7.5)."""
 

@@ -15,7 +15,16 @@ from vq.errors import UsageError
 from vq.link import LoopbackLink
 from vq.net import NetDevice
 
-__all__ = ["Parser", "mac_address", "net_features", "positive", "queue_size"]
+__all__ = [
+    "Parser",
+    "file_mode",
+    "group_number",
+    "mac_address",
+    "net_features",
+    "positive",
+    "queue_size",
+    "user_number",
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +60,33 @@ def mac_address(text: str) -> bytes:
         if len(mac) == 6 and not mac[0] & 1 and any(mac):
             return mac
     raise argparse.ArgumentTypeError(f"{text!r} is not a unicast MAC address")
+
+
+def user_number(text: str) -> int:
+    """The number of a user, given by name or number."""
+    import pwd
+
+    with suppress(KeyError):
+        return int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
+    raise argparse.ArgumentTypeError(f"there is no user {text!r} here")
+
+
+def group_number(text: str) -> int:
+    """The number of a group, given by name or number."""
+    import grp
+
+    with suppress(KeyError):
+        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+    raise argparse.ArgumentTypeError(f"there is no group {text!r} here")
+
+
+def file_mode(text: str) -> int:
+    """Permissions in octal, for owner, group and others."""
+    with suppress(ValueError):
+        mode = int(text, 8)
+        if 0 <= mode <= 0o777:
+            return mode
+    raise argparse.ArgumentTypeError(f"{text!r} is no mode such as 660")
 
 
 def net_features(text: str, *, mtu: int | None = None, queue_pairs: int = 1) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Self, TypeAlias
 
 from vq.errors import CaptureError, UsageError
+from vq.files import create
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -107,7 +108,7 @@ class CaptureWriter(ABC):
         self._file: BinaryIO
         if isinstance(target, (str, os.PathLike)):
             self._path = os.fspath(target)
-            self._file = open(target, "wb", buffering=0)  # noqa: SIM115
+            self._file = create(target)
         else:
             self._file = target
         self._buffer_size = buffer_size

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from vq import abi, abi_block, abi_console, abi_vsock, ioctl
+from vq import abi, abi_block, abi_console, abi_vsock, ioctl, system_calls
 from vq.ioctl import Direction
 
 __all__ = ["KNOWN", "Platform", "all_numbers", "host", "numbers"]
@@ -414,6 +414,7 @@ def _linux(platform: Platform) -> dict[str, int]:
         "IFF_LOWER_UP": 1 << 16,
         **{name: 0x8900 + number for name, number in _LINUX_SOCKET_IOCTLS.items()},
         **_linux_by_processor(platform.processor),
+        **_linux_system_calls(platform.processor),
         "EFD_SEMAPHORE": 1 << 0,
         "MFD_CLOEXEC": 1 << 0,
         "MFD_ALLOW_SEALING": 1 << 1,
@@ -424,13 +425,36 @@ def _linux(platform: Platform) -> dict[str, int]:
         "F_SEAL_SHRINK": 1 << 1,
         "F_SEAL_GROW": 1 << 2,
         "F_SEAL_WRITE": 1 << 3,
+        "CAP_DAC_OVERRIDE": 1,
+        "CAP_KILL": 5,
+        "CAP_SETGID": 6,
+        "CAP_SETUID": 7,
+        "CAP_SETPCAP": 8,
         "CAP_NET_ADMIN": 12,
+        "CAP_SYS_ADMIN": 21,
+        "CLONE_THREAD": 1 << 16,
+        "CLONE_NEWNS": 1 << 17,
+        "CLONE_NEWCGROUP": 1 << 25,
+        "CLONE_NEWUTS": 1 << 26,
+        "CLONE_NEWIPC": 1 << 27,
+        "CLONE_NEWUSER": 1 << 28,
         "CLONE_NEWNET": 1 << 30,
         "ETHTOOL_GDRVINFO": 3,
+        "PR_CAPBSET_DROP": 24,
+        "PR_CAP_AMBIENT": 47,
+        "PR_CAP_AMBIENT_CLEAR_ALL": 4,
         "PR_SET_NO_NEW_PRIVS": 38,
         "PR_GET_NO_NEW_PRIVS": 39,
         "PR_GET_SECCOMP": 21,
         "PR_SET_SECCOMP": 22,
+        "SECCOMP_MODE_FILTER": 2,
+        "SECCOMP_GET_ACTION_AVAIL": 2,
+        "SECCOMP_RET_KILL_PROCESS": 0x80000000,
+        "SECCOMP_RET_ERRNO": 0x00050000,
+        "SECCOMP_RET_ALLOW": 0x7FFF0000,
+        "AUDIT_ARCH_X86_64": 0xC000003E,
+        "AUDIT_ARCH_AARCH64": 0xC00000B7,
+        "AUDIT_ARCH_RISCV64": 0xC00000F3,
         "LANDLOCK_CREATE_RULESET_VERSION": 1 << 0,
         "FALLOC_FL_KEEP_SIZE": 1 << 0,
         "FALLOC_FL_PUNCH_HOLE": 1 << 1,
@@ -464,16 +488,18 @@ _LINUX_SOCKET_IOCTLS = {
 
 def _linux_by_processor(processor: str) -> dict[str, int]:
     """What a few processors inherited from older Unix systems on the same hardware."""
-    fionread, fionbio, nonblock, landlock = 0x541B, 0x5421, 0o4000, 444
+    fionread, fionbio, fioclex, nonblock, landlock = 0x541B, 0x5421, 0x5451, 0o4000, 444
     if processor.startswith("mips"):
-        fionread, fionbio, nonblock = 0x467F, 0x667E, 0o200
+        fionread, fionbio, fioclex, nonblock = 0x467F, 0x667E, 0x6601, 0o200
         landlock += 5000 if processor.startswith("mips64") else 4000
     elif processor.startswith(("powerpc", "ppc")):
         fionread = ioctl.linux(Direction.READ, "f", 127, 4, processor)
         fionbio = ioctl.linux(Direction.WRITE, "f", 126, 4, processor)
+        fioclex = ioctl.linux(Direction.NONE, "f", 1, 0, processor)
     return {
         "FIONREAD": fionread,
         "FIONBIO": fionbio,
+        "FIOCLEX": fioclex,
         "O_NONBLOCK": nonblock,
         "O_CLOEXEC": 0o2000000,
         "EFD_NONBLOCK": nonblock,
@@ -482,6 +508,14 @@ def _linux_by_processor(processor: str) -> dict[str, int]:
         "__NR_landlock_add_rule": landlock + 1,
         "__NR_landlock_restrict_self": landlock + 2,
     }
+
+
+def _linux_system_calls(processor: str) -> dict[str, int]:
+    """Those that filters are written with, for the processors that there are filters for."""
+    if processor not in system_calls.ARCHITECTURES:
+        return {}
+    named = ((name, system_calls.number_of(name, processor)) for name in system_calls.names())
+    return {f"__NR_{name}": number for name, number in named if number is not None}
 
 
 # --- OpenBSD (sys/net/if_tun.h, net/if.h, sys/sockio.h, sys/filio.h) -----------------------------
@@ -585,6 +619,10 @@ def _freebsd(platform: Platform) -> dict[str, int]:
         "TAPSTRANSIENT": ioctl.bsd(Direction.WRITE, "t", 98, 4),
         "TAPGTRANSIENT": ioctl.bsd(Direction.READ, "t", 99, 4),
         "TAPMRU": 65535,
+        "CAP_READ": 1 << 57 | 0x1,
+        "CAP_WRITE": 1 << 57 | 0x2,
+        "CAP_FCNTL": 1 << 57 | 0x8000,
+        "CAP_EVENT": 1 << 58 | 0x20,
         "IFCAP_RXCSUM": 1 << 0,
         "IFCAP_TXCSUM": 1 << 1,
         "IFCAP_VLAN_MTU": 1 << 3,

@@ -17,7 +17,6 @@ within whatever the device does; whoever hears of them may access registers at o
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -25,10 +24,11 @@ from collections.abc import Callable
 from vq.abi import NO_VECTOR, Feature, Interrupt
 from vq.device import Device
 from vq.errors import UsageError
+from vq.log_limit import limited_logger
 
 __all__ = ["QueueRegisters", "RegisterBlock", "RegisterTransport", "ignore_access"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 _WORD = 0xFFFF_FFFF
 _QUEUE = int(Interrupt.QUEUE)  # a flag's own arithmetic is slow

@@ -129,7 +129,7 @@ class InflightLog(Protocol):
     def popped(self, heads: Iterable[int]) -> None:
         """The device has these chains now."""
 
-    def unpopped(self, heads: Iterable[int]) -> None:
+    def unpopped(self, heads: Sequence[int]) -> None:
         """The device never had them."""
 
     def publishing(self, heads: Sequence[int], used_idx: int) -> None:

@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
@@ -24,6 +24,8 @@ from vq.offload import Offload
 from vq.unix_socket import Listener, connect
 
 __all__ = ["StreamLink"]
+
+SYSTEM_CALLS = ("accept4", "getsockname", "readv", "recvfrom", "sendmsg", "sendto")
 
 PREFIX = struct.Struct(">I")
 ETHER_HEADER = 14
@@ -63,19 +65,27 @@ class StreamLink(Link):
         self._connection: socket.socket | None = None
         self._listener: Listener | None = None
         self._reconnect_path: str | None = None
+        self._make_connection: Callable[[str], socket.socket] = connect
         self._last_try = 0.0
         if connection is not None:
             self._connected(connection)
 
     @classmethod
-    def connect(cls, path: str, *, reconnect: bool = False) -> StreamLink:
-        """A client of the server that listens at `path`.
+    def connect(
+        cls,
+        path: str,
+        *,
+        reconnect: bool = False,
+        connect: Callable[[str], socket.socket] = connect,
+    ) -> StreamLink:
+        """A client of the server that listens at `path`; `connect` makes the connection.
 
         Raises `UsageError` for a path that no socket can have, `OSError` when nobody listens.
         """
         link = cls(connect(path), name=f"stream:{path}")
         if reconnect:
             link._reconnect_path = path
+            link._make_connection = connect
         return link
 
     @classmethod
@@ -141,7 +151,7 @@ class StreamLink(Link):
                 now = time.monotonic()
                 if now - self._last_try >= RETRY_SECONDS:
                     self._last_try = now
-                    self._connected(connect(self._reconnect_path))
+                    self._connected(self._make_connection(self._reconnect_path))
             else:
                 raise OSError(errno.ENOTCONN, f"{self.name} is closed")
         except (BlockingIOError, ConnectionError, FileNotFoundError, UsageError):

@@ -29,7 +29,7 @@ from vq.abi import NET_HDR, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.ioctl import Direction
 from vq.ioctl import bsd as _number
-from vq.link import SHORT_OF_MEMORY, Frame, FrameBuffer, Link, Port, Room, scatter
+from vq.link import SHORT_OF_MEMORY, Frame, FrameBuffer, Port, Room, Tap, scatter
 from vq.offload import (
     FreeBsdCap,
     Offload,
@@ -149,7 +149,8 @@ class BsdTapPort(Port):
         super().__init__()
         self._fd = fd
         self._calls = calls
-        self._truncated = truncated
+        self.on_truncated = truncated
+        """Called when a frame was longer than expected."""
         self._header = bytearray(self.header_size)
         self._beyond = bytearray(1)
 
@@ -203,7 +204,7 @@ class BsdTapPort(Port):
                 self.dropped["runt"] += 1
             elif length > len(views[0]) and length > sum(map(len, views)):
                 self.dropped["too long"] += 1
-                self._truncated()
+                self.on_truncated()
             else:
                 try:
                     net_header, length = self._incoming(views, length)
@@ -357,7 +358,7 @@ _NO_NET_HDR = bytes(NET_HDR_SIZE)
 # --- the links -----------------------------------------------------------------------------------
 
 
-class _BsdTap(Link):
+class _BsdTap(Tap):
     """What both taps share: opening, the one port, and offloads that may change."""
 
     min_frame = ETHER_HEADER
@@ -385,6 +386,7 @@ class _BsdTap(Link):
         self.accepts = self.delivers = Offload.NONE
         self._calls = calls
         self._helper = set_capabilities
+        self._settings_are_ours = set_capabilities is None
         if fd is None:
             path = name if name.startswith("/") else f"/dev/{name}"
             fd = calls.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -401,7 +403,7 @@ class _BsdTap(Link):
     @property
     def mtu(self) -> int | None:
         """The interface's MTU in bytes."""
-        return None if self._helper else self._read_mtu()
+        return self._read_mtu() if self._settings_are_ours else None
 
     def request_offloads(self, wanted: Offload) -> None:
         """Tells the kernel what the reader takes undone; falls back where it knows less.
@@ -430,12 +432,22 @@ class _BsdTap(Link):
             self._stop()
             self._port.close()
 
-    def _measure(self) -> None:
-        """Sets `max_frame`, which follows the offloads and the MTU."""
-        if self.delivers & ~Offload.CSUM:
+    def expect(self, delivers: Offload, mtu: int | None) -> None:
+        """See `Tap.expect`."""
+        self.delivers = delivers
+        if delivers & ~Offload.CSUM:
             self.max_frame = LARGEST
         else:
-            self.max_frame = min(ETHER_HEADER + TAGS + (self.mtu or TUNMRU), LARGEST)
+            self.max_frame = min(ETHER_HEADER + TAGS + (mtu or TUNMRU), LARGEST)
+
+    def leave_control(self, on_truncated: Callable[[], None]) -> None:
+        """See `Tap.leave_control`."""
+        self._settings_are_ours = False
+        self._port.on_truncated = on_truncated
+
+    def _measure(self) -> None:
+        """Looks at the MTU again."""
+        self.expect(self.delivers, self.mtu)
 
     @abstractmethod
     def _start(self) -> BsdTapPort:
@@ -472,7 +484,7 @@ class OpenBsdTap(_BsdTap):
         return _OpenBsdPort(self._fd, self._calls, self._measure)
 
     def _stop(self) -> None:
-        if self._helper is None and self._port.header_size:
+        if self._settings_are_ours and self._port.header_size:
             # An interface that is gone has no header either.
             with contextlib.suppress(OSError):
                 self._calls.ioctl(self._port.fileno(), TUNDCAP, b"")
@@ -528,7 +540,7 @@ class FreeBsdTap(_BsdTap):
         return _FreeBsdPort(self._fd, self._calls, self._measure)
 
     def _stop(self) -> None:
-        if self._helper is None and self._port.header_size:
+        if self._settings_are_ours and self._port.header_size:
             # An interface that is gone has no header either.
             with contextlib.suppress(OSError):
                 self._calls.ioctl(self._port.fileno(), TAPSVNETHDR, INT.pack(0))

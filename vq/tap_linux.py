@@ -28,10 +28,12 @@ from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
-from vq.link import MAX_FRAME, SHORT_OF_MEMORY, BurstRoom, Frame, Link, Port, Room, scatter
+from vq.link import MAX_FRAME, SHORT_OF_MEMORY, BurstRoom, Frame, Port, Room, Tap, scatter
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
 __all__ = ["LinuxTap", "LinuxTapPort"]
+
+SYSTEM_CALLS = ("readv", "writev")
 
 DEVICE = "/dev/net/tun"
 
@@ -84,7 +86,8 @@ class LinuxTapPort(Port):
     def __init__(self, fd: int, truncated: Callable[[], None]) -> None:
         super().__init__()
         self._fd = fd
-        self._truncated = truncated
+        self.on_truncated = truncated
+        """Called when a frame was longer than expected."""
         self._header = bytearray(NET_HDR_SIZE)
         self._beyond = bytearray(1)
         self.longest = MAX_FRAME
@@ -159,7 +162,7 @@ class LinuxTapPort(Port):
                     break
             if length > len(views[0]) and length > sum(map(len, views)):
                 self.dropped["too long"] += 1
-                self._truncated()
+                self.on_truncated()
                 continue
             room.commit(bytes(header), length)
             moved += 1
@@ -185,7 +188,7 @@ class LinuxTapPort(Port):
                 length = readv(fd, (view, beyond))
                 if length > len(view):  # cut; what was read before it is whole
                     self.dropped["too long"] += 1
-                    self._truncated()
+                    self.on_truncated()
                     break
                 append(length)
         except BlockingIOError:
@@ -195,7 +198,7 @@ class LinuxTapPort(Port):
                 raise
         if lengths:
             if max(lengths) > NET_HDR_SIZE + longest:
-                self._truncated()  # the MTU has changed
+                self.on_truncated()  # the MTU has changed
             room.commit_burst(lengths)
         return len(lengths)
 
@@ -225,8 +228,14 @@ class LinuxTapPort(Port):
         return length
 
 
-class LinuxTap(Link):
+class LinuxTap(Tap):
     """A Linux tap with one port per queue."""
+
+    port_ioctls = (TUNSETQUEUE,)
+    control_ioctls = (
+        *(TUNSETOFFLOAD, TUNGETIFF, TUNGETDEVNETNS, TUNSETCARRIER, TUNSETPERSIST),
+        *(SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU, SIOCSIFMTU),
+    )
 
     ports: tuple[LinuxTapPort, ...]
     known_flags: TunF
@@ -275,8 +284,23 @@ class LinuxTap(Link):
         """Tells the kernel what it may leave undone; frames that wait already stay as they are."""
         flags = tun_flags_for(wanted, self.known_flags)
         fcntl.ioctl(self._fds[0], TUNSETOFFLOAD, int(flags))
-        self.delivers = tun_offloads(flags)
-        self._measure()
+        self.expect(tun_offloads(flags), self.mtu)
+
+    def expect(self, delivers: Offload, mtu: int | None) -> None:
+        """See `Tap.expect`."""
+        self.delivers = delivers
+        if delivers & ~Offload.CSUM or mtu is None:
+            self.max_frame = MAX_FRAME
+        else:
+            self.max_frame = min(ETHER_HEADER + TAGS + mtu, MAX_FRAME)
+        for port in self.ports:
+            port.longest = self.max_frame
+
+    def leave_control(self, on_truncated: Callable[[], None]) -> None:
+        """See `Tap.leave_control`."""
+        self._control.close()
+        for port in self.ports:
+            port.on_truncated = on_truncated
 
     def activate_ports(self, count: int) -> None:
         """Attaches the first `count` queues and detaches the others, with what waits in them."""
@@ -286,7 +310,12 @@ class LinuxTap(Link):
             wanted = index < count
             if port.active != wanted:
                 flags = IFF_ATTACH_QUEUE if wanted else IFF_DETACH_QUEUE
-                fcntl.ioctl(port.fileno(), TUNSETQUEUE, IFREQ.pack(b"", flags))
+                try:
+                    fcntl.ioctl(port.fileno(), TUNSETQUEUE, IFREQ.pack(b"", flags))
+                except OSError as error:
+                    # tun.c: the queue is so already, by another process that shares it.
+                    if error.errno != errno.EINVAL:
+                        raise
                 port.active = wanted
 
     @property
@@ -363,13 +392,8 @@ class LinuxTap(Link):
         self.request_offloads(Offload.NONE)
 
     def _measure(self) -> None:
-        """Sets `max_frame`, which follows the offloads and the MTU."""
-        if self.delivers & ~Offload.CSUM:
-            self.max_frame = MAX_FRAME
-        else:
-            self.max_frame = min(ETHER_HEADER + TAGS + self.mtu, MAX_FRAME)
-        for port in self.ports:
-            port.longest = self.max_frame
+        """Looks at the MTU again."""
+        self.expect(self.delivers, self.mtu)
 
     def _flags(self) -> int:
         return int(IFREQ.unpack(self._ask(SIOCGIFFLAGS, lambda name: IFREQ.pack(name, 0)))[1])

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+import time
 
 from vq.errors import UsageError
 
@@ -20,24 +21,45 @@ __all__ = ["Listener", "check_path", "connect"]
 class Listener:
     """A listening socket at `path`, in place of one that nobody serves any more.
 
+    `owner` and `group` are numbers, `mode` permissions: who may connect. Until they are set nobody
+    else may. `patience` is how many seconds to wait for another program to let go of the path.
+
     Raises `UsageError` when something else is at `path`, somebody serves it or no socket can have
     it, and `OSError` when the kernel refuses.
     """
 
-    def __init__(self, path: str, *, backlog: int = 16) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        backlog: int = 16,
+        owner: int | None = None,
+        group: int | None = None,
+        mode: int | None = None,
+        patience: float = 0,
+    ) -> None:
         check_path(path)
         self.path = path
         self.socket = _make_socket()
+        self._file: tuple[int, int] | None = None
         try:
-            _remove_dead(path)
-            self.socket.bind(path)
-            self._file: tuple[int, int] | None = _identity(path)
+            _remove_dead(path, patience)
+            private = (owner, group, mode) != (None, None, None)
+            mask = os.umask(0o177) if private else None
+            try:
+                self.socket.bind(path)
+            finally:
+                if mask is not None:
+                    os.umask(mask)
+            self._file = _identity(path)
+            if private:
+                _hand_over(path, self._file, owner, group, mode)
             self.socket.listen(backlog)
         except OSError as error:
-            self.socket.close()
+            self.close()
             raise _explained(error, path) from error
         except BaseException:
-            self.socket.close()
+            self.close()
             raise
 
     def close(self) -> None:
@@ -71,6 +93,12 @@ def check_path(path: str) -> None:
     with contextlib.suppress(OSError):  # nothing there, or not for us to see
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise UsageError(f"{path} is there already, and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:  # of another type than those that are served: nobody is disturbed
+            probe.connect(path)
+        except OSError as error:
+            if error.errno is None:  # Python's own, before it asked the kernel
+                raise UsageError(f"{path!r} is too long for a socket's path") from None
 
 
 def _make_socket() -> socket.socket:
@@ -84,28 +112,55 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _remove_dead(path: str) -> None:
+def _remove_dead(path: str, patience: float) -> None:
     """Makes way for a socket at `path`, if nobody has the one that is there."""
-    if not os.path.lexists(path):
+    deadline = time.monotonic() + patience
+    while os.path.lexists(path):
+        # A socket of another type cannot connect, and so disturbs nobody: the refusal alone tells
+        # whether the socket has an owner (connect(2): EPROTOTYPE, ECONNREFUSED).
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
+            except OSError as error:
+                if error.errno != errno.EPROTOTYPE:
+                    raise
+        if time.monotonic() >= deadline:
+            raise UsageError(f"{path} is served already by another program")
+        time.sleep(0.02)
+
+
+def _hand_over(
+    path: str, file: tuple[int, int], owner: int | None, group: int | None, mode: int | None
+) -> None:
+    """Gives the socket at `path`, if it is still the one that we made, to who is to have it.
+
+    Who may write to the directory could put a link to something else in its place in the meantime:
+    links are not followed, and nothing but our own socket is opened up.
+    """
+    if owner is not None or group is not None:
+        numbers = (-1 if owner is None else owner, -1 if group is None else group)
+        os.chown(path, *numbers, follow_symlinks=False)
+    if mode is None:
+        mode = 0o600 if group is None else 0o660
+    if os.chmod in os.supports_follow_symlinks:
+        os.chmod(path, mode, follow_symlinks=False)
         return
-    # A socket of another type cannot connect, and so disturbs nobody: the refusal alone tells
-    # whether the socket has an owner (connect(2): EPROTOTYPE, ECONNREFUSED).
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            if error.errno != errno.EPROTOTYPE:
-                raise
-    raise UsageError(f"{path} is served already by another program")
+    # Linux (before 6.6) changes no mode by path without following links, but by descriptor.
+    fd = os.open(path, os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 0))
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != file:
+            raise UsageError(f"{path} was replaced by something else while it was made")
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 def _explained(error: OSError, path: str) -> Exception:
     """The same error with a sentence that says which socket, and what is wrong with it."""
-    if error.errno is None:  # Python's own, before it asked the kernel
-        return UsageError(f"{path!r} is too long for a socket's path")
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED) and not os.path.isdir(_parent(path)):
         reason = f"the directory of the socket {path} does not exist"
     elif error.errno in (errno.ENOENT, errno.ECONNREFUSED):

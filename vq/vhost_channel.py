@@ -21,6 +21,8 @@ __all__ = ["Channel", "Transfer", "close_fd"]
 
 log = limited_logger(__name__)
 
+SYSTEM_CALLS = ("getpeername", "getsockname", "getsockopt", "recvfrom", "sendto")
+
 MAX_STATE = 1 << 24
 """Bytes of a device's saved state that are taken at most."""
 MAX_CHANNEL_BACKLOG = 256

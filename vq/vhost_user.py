@@ -31,6 +31,8 @@ __all__ = ["Client", "Connection", "Server", "watch_device"]
 
 log = limited_logger(__name__)
 
+SYSTEM_CALLS = ("accept4", "getsockname", "recvmsg", "sendmsg")
+
 MESSAGES_PER_TURN = 32
 """Messages taken from one socket in a turn, so that a talkative frontend does not stop others."""
 _FD = array.array("i")
@@ -267,8 +269,9 @@ class Server:
 class Client:
     """Serves `device` to a frontend that listens at `path`, and connects again when it is gone.
 
-    `retry` is how many seconds to wait before the next attempt. `on_disconnect` is called after
-    each connection. Raises `UsageError` for a path where no socket can be.
+    `retry` is how many seconds to wait before the next attempt, `connect` what makes a connection
+    (default: `vq.unix_socket.connect`). `on_disconnect` is called after each connection. Raises
+    `UsageError` for a path where no socket can be.
     """
 
     def __init__(
@@ -281,6 +284,7 @@ class Client:
         offered: int | None = None,
         queue_num: int | None = None,
         on_disconnect: Callable[[], None] | None = None,
+        connect: Callable[[str], socket.socket] = connect,
     ) -> None:
         self.name = os.fspath(path)
         self.connection: Connection | None = None
@@ -289,6 +293,7 @@ class Client:
         self._device = device
         self._loop = loop
         self._retry = retry
+        self._make_connection = connect
         self._offered = choose_offered(device, offered)
         self._queue_num = queue_num
         self._on_disconnect = on_disconnect
@@ -312,7 +317,7 @@ class Client:
     def _connect(self) -> None:
         self._timer = None
         try:
-            sock = connect(self.name)
+            sock = self._make_connection(self.name)
         except (OSError, UsageError) as error:
             if isinstance(error, UsageError) and self._refused is None and not self.connections:
                 raise  # the first attempt is made for our caller

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vq.testing.guest import Guest, UmlGuest
@@ -33,6 +34,19 @@ class Served(ServeProcess):
         super().__init__(
             directory, "net", "--link", link, *options, names=names, namespace=namespace
         )
+
+
+def worker_of(served: ServeProcess) -> psutil.Process:
+    """The process that parses what guests send; there is one, which root has made nobody's."""
+    everything = psutil.Process(served._process._process.pid).children(recursive=True)
+    (worker,) = [
+        process
+        for process in everything
+        if process.ppid() in {other.pid for other in everything}
+        and "serve" in process.cmdline()
+        and process.uids().real != 0
+    ]
+    return worker
 
 
 @pytest.fixture(scope="module")

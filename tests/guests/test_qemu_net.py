@@ -16,7 +16,16 @@ from vq.testing.guest import Guest, QemuGuest
 from vq.testing.namespaces import Namespace, iperf_server
 from vq.testing.requirements import or_skip
 
-from .conftest import HOST4, HOST6, Served, address_guest, address_host, assert_well, wait_until
+from .conftest import (
+    HOST4,
+    HOST6,
+    Served,
+    address_guest,
+    address_host,
+    assert_well,
+    wait_until,
+    worker_of,
+)
 
 TAP = "vqqemu"
 
@@ -35,11 +44,12 @@ def start(host: Namespace, tmp_path: Path) -> Iterator[Callable[..., Setting]]:
     """Starts a setting; the arguments are QEMU's and the device's."""
     with ExitStack() as stack:
 
-        def begin(*, queue_pairs: int = 1, card: str = "") -> Setting:
+        def begin(*options: str, queue_pairs: int = 1, card: str = "") -> Setting:
             host.add_tap(TAP, queues=queue_pairs)
             stack.callback(host.run, f"ip link del {TAP}")
             address_host(host, TAP)
-            served = Served(tmp_path, f"tap:{TAP}", f"--queue-pairs={queue_pairs}", namespace=host)
+            words = (f"--queue-pairs={queue_pairs}", *options)
+            served = Served(tmp_path, f"tap:{TAP}", *words, namespace=host)
             stack.callback(served.close)
             with or_skip():
                 guest = QemuGuest(
@@ -124,6 +134,25 @@ def test_traffic_goes_on_when_the_backend_is_killed_and_started_again(
         report = json.loads(setting.guest.output("cat /tmp/iperf"))
     assert report["end"]["sum_received"]["bytes"] > 1e6, report
     assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_traffic_goes_on_when_the_worker_is_killed(start: Callable[..., Setting]) -> None:
+    setting = start("--restart")
+    with iperf_server(setting.host):
+        setting.guest.output(f"iperf3 -c {HOST4} -t 8 --bidir --json >/tmp/iperf 2>&1 &")
+        for _ in range(2):
+            wait_until(lambda: setting.served.count("tx_frames") > 200, "traffic")
+            dead = worker_of(setting.served)
+            dead.kill()
+            wait_until(lambda: not dead.is_running(), "its end")  # noqa: B023
+        wait_until(
+            lambda: setting.guest.run(f"ping -c 1 -W 1 {HOST4}").status == 0, "a ping comes back"
+        )
+        setting.guest.output("for i in $(seq 150); do pidof iperf3 || break; sleep 0.1; done")
+        report = json.loads(setting.guest.output("cat /tmp/iperf"))
+    assert report["end"]["sum_received"]["bytes"] > 1e6, report
+    assert setting.served.log().count("the worker was killed by SIGKILL") == 2
+    assert_well(setting.guest, setting.host)
 
 
 def test_the_driver_is_unloaded_and_loaded_again(start: Callable[..., Setting]) -> None:

@@ -36,8 +36,11 @@ from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.packet import cut
 from vq.request import Request, Writer, blank
+from vq.system_calls import THREAD_CALLS
 
 __all__ = ["BlockDevice"]
+
+SYSTEM_CALLS = THREAD_CALLS
 
 log = limited_logger(__name__)
 

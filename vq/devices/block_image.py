@@ -25,6 +25,8 @@ from vq.request import IOV_MAX
 
 __all__ = ["FALLOC_FL_KEEP_SIZE", "FALLOC_FL_PUNCH_HOLE", "FALLOC_FL_ZERO_RANGE", "Image"]
 
+SYSTEM_CALLS = (*("fallocate", "fdatasync", "preadv", "preadv2", "pwritev", "pwritev2"),)
+
 # Linux' fallocate(2) (linux/falloc.h).
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2

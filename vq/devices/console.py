@@ -14,7 +14,6 @@ kept and is the first that the next peer gets.
 from __future__ import annotations
 
 import functools
-import logging
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -32,12 +31,13 @@ from vq.abi_console import (
 from vq.device import Alarm, Queue
 from vq.devices.host_end import HostEnd
 from vq.errors import DriverError, UsageError
+from vq.log_limit import limited_logger
 from vq.model import DeviceModel, QueueSpec
 from vq.request import Request
 
 __all__ = ["ConsoleDevice", "Port"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 QUEUE_SIZE = 128
 CONTROL_RX, CONTROL_TX = 2, 3

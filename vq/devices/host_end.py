@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import select
 import stat
@@ -25,13 +24,14 @@ from collections.abc import Callable
 
 from vq.device import Watch
 from vq.errors import UsageError
+from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.request import Reader, Writer
 from vq.unix_socket import Listener
 
 __all__ = ["FileEnd", "HostEnd", "PtyEnd", "UnixEnd", "host_end", "hung_up"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 LOOK_SECONDS = 0.2
 """How often to look at what no event loop tells."""

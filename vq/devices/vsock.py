@@ -18,7 +18,6 @@ How a connection works is in `vsock_connection`; here is what it goes through.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import socket
@@ -45,6 +44,7 @@ from vq.device import Queue, Watch
 from vq.devices.host_end import hung_up
 from vq.devices.vsock_connection import Connection, Header, State
 from vq.errors import DriverError, UsageError
+from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.packet import cut
 from vq.request import IOV_MAX, Request
@@ -52,7 +52,7 @@ from vq.unix_socket import Listener, connect
 
 __all__ = ["VsockDevice"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 RX, TX, EVENT = 0, 1, 2
 QUEUE_SIZE = 256

@@ -39,8 +39,12 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from vq.errors import CaptureError
+from vq.files import create
+from vq.system_calls import THREAD_CALLS
 
 __all__ = ["Event", "Header", "Kind", "RecordingReader", "RecordingWriter"]
+
+SYSTEM_CALLS = THREAD_CALLS
 
 MAGIC = b"VQREC"
 VERSION = 1
@@ -219,12 +223,12 @@ class RecordingWriter:
         self._stop = threading.Event()
         self._closed = False
         # All that the guest says is in it: that is for its owner's eyes.
-        self._file: BinaryIO = open(path, "wb", opener=_for_the_owner)  # noqa: SIM115
+        self._file = create(path, mode=0o600, buffering=-1)
         described = header.encode()
         self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
         self._file.flush()
-        self._thread = threading.Thread(target=self._run, name="vq recording", daemon=True)
-        self._thread.start()
+        # It is started by the first event: who records may confine itself before there is one.
+        self._thread: threading.Thread | None = None
 
     def write(self, kind: Kind, numbers: Sequence[int], strings: Sequence[bytes] = ()) -> None:
         """Takes an event. Nothing is raised: what goes wrong with the file is in `ended`."""
@@ -249,6 +253,9 @@ class RecordingWriter:
             return
         self.causes += kind.is_cause
         self._events.append(event)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="vq recording", daemon=True)
+            self._thread.start()
         while self._written - self._stored > _MOST_WAITING and self.ended is None:
             time.sleep(0.001)
 
@@ -259,7 +266,8 @@ class RecordingWriter:
         self._closed = True
         self.write(Kind.END, [0])
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         """The thread: compresses and writes what comes."""
@@ -367,10 +375,6 @@ class RecordingReader:
         except ValueError:
             raise CaptureError(f"{self.path} is damaged: no event is a {kind}") from None
         return Event(name, seconds, _quads(numbers).unpack_from(packed), tuple(pieces))
-
-
-def _for_the_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 class _Stream:

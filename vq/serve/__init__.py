@@ -13,14 +13,16 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from vq import sandbox
 from vq.device import Device
-from vq.errors import UsageError
+from vq.errors import UsageError, VqError, in_words
 from vq.loop import Loop
 from vq.options import Parser, positive
-from vq.serve import transport
+from vq.privsep import Helper, Worker
+from vq.serve import confinement, transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
 
@@ -56,37 +58,128 @@ def run(args: argparse.Namespace) -> int:
     words = [args.device, *args.options]
     kind, args = parse(args.device, args.options)
     transport.check(args, needed=kind.sockets_needed(args))
+    confinement.check(args)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
     with ExitStack() as stack:
-        loop = Loop()
-        stack.callback(loop.close)
+        service = _Service(kind, args, words, stack)
+        return service.run()
+
+
+class _Service:
+    """Devices that are open, and everything else that serving them takes.
+
+    What is opened here is shared by helper and worker; where there is no sandbox this process is
+    both.
+    """
+
+    def __init__(
+        self, kind: Kind, args: argparse.Namespace, words: Sequence[str], stack: ExitStack
+    ) -> None:
+        self._kind = kind
+        self._args = args
+        self._words = words
+        self._strays = confinement.open_descriptors() - {args.fd}
+        self._loop = Loop()
+        stack.callback(self._loop.close)
         # Before there is anything to leave behind, and until nothing of it is left.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.getsignal(number))
-            signal.signal(number, lambda *_: loop.stop())
-        devices = kind.open_devices(args, stack)
-        if args.record is not None:
-            _record(devices[0], args, words, stack)
-        for index, device in enumerate(devices):
-            transport.offer(args, index, device, loop, stack, queue_num=kind.queue_num(args))
-        kind.follow(devices, loop)
-        if args.stats:
-            Statistics(devices, loop, kind.statistics, as_json=args.stats == "json").start()
-        transport.tell_supervisor("READY=1")
+        _stop_by_signal(self._loop, stack)
+        self._user = confinement.user_of(args)
+        self._devices = kind.open_devices(args, stack)
+        self._places = transport.open_places(args, kind.sockets_needed(args), kind.connector, stack)
+
+    def run(self) -> int:
+        """Serves until told to stop; the exit status."""
         try:
-            loop.run()
-        except BrokenPipeError:  # nobody reads the statistics any more
-            raise
+            if self._args.sandbox == "off" and not self._args.restart:
+                return self._serve(self._loop, lambda: transport.tell_supervisor("READY=1"))
+            return self._help()
         except OSError as error:
             log.error("the system refused: %s", error)
             return 1
         finally:
             transport.tell_supervisor("STOPPING=1")
-    return 0
+
+    def _help(self) -> int:
+        """Serves in a worker, and is its helper."""
+        helper = Helper(
+            self._loop,
+            self._work,
+            taps=self._kind.taps,
+            connector=self._kind.connector,
+            restart=self._args.restart,
+            signals=self._kind.signals,
+            on_ready=self._worker_is_ready,
+        )
+        sandbox.prepare()
+        return helper.run()
+
+    def _worker_is_ready(self) -> None:
+        if self._args.sandbox != "off":
+            sandbox.keep_helper_privileges(again=self._args.restart)
+        transport.tell_supervisor("READY=1")
+
+    def _work(self, worker: Worker) -> int:
+        """What the worker does from its beginning to its end."""
+        confinement.close_strays(self._strays)
+        with ExitStack() as stack:
+            loop = Loop()
+            stack.callback(loop.close)
+            _stop_by_signal(loop, stack)
+            worker.attach(loop, loop.stop)
+            stack.callback(worker.close)
+            for device in self._devices:
+                stack.callback(device.close)
+
+            def start() -> None:
+                confinement.confine(self._args, self._user, self._kind.taps)
+                worker.ready()
+
+            try:
+                return self._serve(loop, start)
+            except (VqError, OSError) as error:
+                print(f"vq serve: {in_words(error)}", file=sys.stderr)
+                return 2 if isinstance(error, UsageError | OSError) else 1
+
+    def _serve(self, loop: Loop, ready: Callable[[], None]) -> int:
+        """Serves the devices in this process; `ready` is called once frontends may come."""
+        args, kind = self._args, self._kind
+        with ExitStack() as stack:
+            if args.record is not None:
+                _record(self._devices[0], args, self._words, stack)
+            for place, device in zip(self._places, self._devices, strict=True):
+                transport.offer(
+                    args,
+                    place,
+                    device,
+                    loop,
+                    kind.connector,
+                    stack,
+                    queue_num=kind.queue_num(args),
+                )
+            kind.follow(self._devices, loop)
+            if args.stats:
+                as_json = args.stats == "json"
+                Statistics(self._devices, loop, kind.statistics, as_json=as_json).start()
+            ready()
+            try:
+                loop.run()
+            except BrokenPipeError:  # nobody reads the statistics any more
+                return 128 + signal.SIGPIPE
+            except OSError as error:
+                log.error("the system refused: %s", error)
+                return 1
+        return 0
+
+
+def _stop_by_signal(loop: Loop, stack: ExitStack) -> None:
+    """Lets signals that ask for the end stop this loop, until `stack` is closed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stack.callback(signal.signal, number, signal.getsignal(number))
+        signal.signal(number, lambda *_: loop.stop())
 
 
 def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
@@ -105,6 +198,7 @@ def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
         raise UsageError(f"{word!r} is no device; the devices are {devices} and MODULE:CLASS")
     parser = Parser(prog=f"vq serve {word}", description=f"Serve {summary} over vhost-user.")
     transport.add_arguments(parser)
+    confinement.add_arguments(parser)
     parser.add_argument(
         "--stats",
         nargs="?",

@@ -26,6 +26,7 @@ class BlkKind(Kind):
         "type": "block",
         "features": ["read-only", "blk-file"],
     }
+    signals: ClassVar[Sequence[int]] = (signal.SIGHUP,)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """See `Kind`."""

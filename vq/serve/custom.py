@@ -16,6 +16,16 @@ from vq.serve.kind import Kind
 
 __all__ = ["CustomKind"]
 
+SYSTEM_CALLS = (
+    *("eventfd2", "pipe2", "poll", "ppoll", "pselect6", "select"),
+    *("fallocate", "fdatasync", "fsync", "ftruncate"),
+    *("pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "readv", "writev"),
+    *("accept4", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg"),
+    *("sendmsg", "sendto", "setsockopt", "shutdown", "socketpair"),
+)
+"""What a model may do with descriptors that it has opened. A model whose module has a
+`SYSTEM_CALLS` of its own may make those calls, too."""
+
 
 class CustomKind(Kind):
     """A device that a callable makes: a class derived from `Device`, or a function.
@@ -28,6 +38,7 @@ class CustomKind(Kind):
     capabilities: ClassVar[Mapping[str, object]] = {"type": "unknown"}
 
     def __init__(self, word: str) -> None:
+        super().__init__()
         module_name, _, name = word.partition(":")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())

@@ -11,6 +11,7 @@ from typing import ClassVar
 from vq.device import Device
 from vq.link import Link
 from vq.loop import Loop
+from vq.privsep import Connector, SeparatedTap
 
 __all__ = ["Kind"]
 
@@ -24,6 +25,15 @@ class Kind(ABC):
     needs_nothing_of_the_host: ClassVar[bool] = False
     """Whether the options alone, with the link of a recording, make the device once more."""
 
+    signals: ClassVar[Sequence[int]] = ()
+    """Signals that `follow` has handlers for."""
+
+    def __init__(self) -> None:
+        self.taps: list[SeparatedTap] = []
+        """The taps of the devices, whose settings are made by whoever keeps the privileges."""
+        self.connector = Connector()
+        """What connects to Unix sockets by path, for devices that do so while they are served."""
+
     @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the options of this kind; those of the transport are there already."""
@@ -32,7 +42,8 @@ class Kind(ABC):
     def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
         """Makes the devices, one for each socket, with all that they need of the host.
 
-        What they hold is given back when `stack` is closed. Raises `UsageError` and `OSError`.
+        This is the last time that files can be opened: who serves the devices may not. What they
+        hold is given back when `stack` is closed. Raises `UsageError` and `OSError`.
         """
 
     def open_for_replay(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import ClassVar, cast
 
-from vq import options
+from vq import options, unix_socket
 from vq.device import Device
 from vq.errors import UsageError
-from vq.link import Link, LoopbackLink, NullLink, link_pair
+from vq.link import Link, LoopbackLink, NullLink, Tap, link_pair
 from vq.loop import Loop
 from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_transmit import Responder
+from vq.privsep import SeparatedTap
+from vq.serve import transport
 from vq.serve.kind import Kind
 
 # Modules that only some links need are imported where they are: what is idle stays small.
@@ -100,7 +105,17 @@ class NetKind(Kind):
     def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
         """See `Kind`."""
         _check(args)
-        return _net_devices(args, stack)
+        if args.link == "pair":
+            left, right = link_pair(ports=args.queue_pairs)
+            return [
+                _net_device(args, left, args.mac, stack, capture=args.capture),
+                _net_device(args, right, _next_mac(args.mac), stack),
+            ]
+        link = open_link(args.link, ports=args.queue_pairs, connect=self.connector.connect)
+        if isinstance(link, Tap):
+            link = SeparatedTap(link, len(self.taps))
+            self.taps.append(link)
+        return [_net_device(args, link, args.mac, stack, capture=args.capture)]
 
     def open_for_replay(
         self, args: argparse.Namespace, link: Link | None, stack: ExitStack
@@ -126,10 +141,13 @@ class NetKind(Kind):
         )
 
 
-def open_link(text: str, *, ports: int = 1) -> Link:
+def open_link(
+    text: str, *, ports: int = 1, connect: Callable[[str], socket.socket] = unix_socket.connect
+) -> Link:
     """The link that `text` names: one of `LINKS`, with `ports` ports where it can have several.
 
-    Raises `UsageError` for what is no link, and what the link itself raises.
+    `connect` makes the connections of a stream. Raises `UsageError` for what is no link, and what
+    the link itself raises.
     """
     kind, _, rest = text.partition(":")
     if kind in ("loopback", "null") and not rest:
@@ -138,18 +156,32 @@ def open_link(text: str, *, ports: int = 1) -> Link:
         raise UsageError(f"{text!r} is not a link; the links are {LINKS}")
     first, comma, second = rest.partition(",")
     if kind == "tap":
-        from vq.tap import open_tap
-
-        return open_tap(rest, queues=ports)
+        return _open_tap(rest, ports)
     if kind == "stream" and second in ("", "listen"):
         from vq.stream import StreamLink
 
-        return StreamLink.listen(first) if second else StreamLink.connect(first, reconnect=True)
+        if second:
+            return StreamLink.listen(first)
+        return StreamLink.connect(first, reconnect=True, connect=connect)
     if kind == "pcap":
         from vq.pcap_link import PcapLink
 
         return PcapLink(first, second if comma else None)
     raise UsageError(f"{text!r} is not a link; the links are {LINKS}")
+
+
+def _open_tap(name: str, queues: int) -> Link:
+    """The tap; one whose last user is about to let go of it is waited for."""
+    from vq.tap import open_tap
+
+    deadline = time.monotonic() + transport.PREDECESSOR_SECONDS
+    while True:
+        try:
+            return open_tap(name, queues=queues)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 # --- its parts -----------------------------------------------------------------------------------
@@ -163,18 +195,6 @@ def _check(args: argparse.Namespace) -> None:
         for path in files.split(","):
             if os.path.realpath(path) == os.path.realpath(args.capture):
                 raise UsageError(f"{path} cannot be the link's file and the record at once")
-
-
-def _net_devices(args: argparse.Namespace, stack: ExitStack) -> list[NetDevice]:
-    """The device, or the two devices of a pair."""
-    if args.link != "pair":
-        link = open_link(args.link, ports=args.queue_pairs)
-        return [_net_device(args, link, args.mac, stack, capture=args.capture)]
-    left, right = link_pair(ports=args.queue_pairs)
-    return [
-        _net_device(args, left, args.mac, stack, capture=args.capture),
-        _net_device(args, right, _next_mac(args.mac), stack),
-    ]
 
 
 def _net_device(

@@ -6,17 +6,26 @@ import argparse
 import logging
 import os
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
+from vq import options
 from vq.device import Device
 from vq.errors import UsageError
 from vq.loop import Loop
+from vq.privsep import Connector
+from vq.unix_socket import Listener
+from vq.vhost_backend import protocol_features
+from vq.vhost_message import ProtocolFeature
 from vq.vhost_user import Client, Connection, Server, unwatch_device, watch_device
 
-__all__ = ["add_arguments", "check", "offer", "tell_supervisor"]
+__all__ = ["Place", "add_arguments", "check", "offer", "open_places", "tell_supervisor"]
 
 log = logging.getLogger(__name__)
+
+PREDECESSOR_SECONDS = 1.0
+"""How long a socket may still be served by one whose helper was killed: its worker ends by itself,
+a moment later."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--client", action="store_true", help="connect to --socket, where the frontend listens"
     )
+    parser.add_argument(
+        "--socket-user",
+        type=options.user_number,
+        metavar="NAME",
+        help="who owns --socket (default: who runs this)",
+    )
+    parser.add_argument(
+        "--socket-group", type=options.group_number, metavar="NAME", help="the group of --socket"
+    )
+    parser.add_argument(
+        "--socket-mode",
+        type=options.file_mode,
+        metavar="MODE",
+        help="who may connect to --socket, as chmod(1) has it in octal: 660 for owner and group"
+        " (default: as the umask has it)",
+    )
     parser.add_argument("--once", action="store_true", help="end when the first frontend has gone")
 
 
@@ -48,50 +73,94 @@ def check(args: argparse.Namespace, *, needed: int) -> None:
         raise UsageError("--fd is for one device, and goes without --socket and --client")
 
 
+class Place(NamedTuple):
+    """Where a frontend meets a device."""
+
+    name: str
+    socket: socket.socket | None
+    """Listening or connected; None to connect to the path `name`."""
+
+
+def open_places(
+    args: argparse.Namespace, needed: int, connector: Connector, stack: ExitStack
+) -> list[Place]:
+    """The sockets that the options name, one a device. They are closed and removed with `stack`."""
+    if args.fd is not None:
+        return [Place(f"fd {args.fd}", _handed_over(args.fd))]
+    paths = args.socket[:needed]
+    if args.client:
+        for path in paths:
+            connector.name(path)
+        return [Place(path, None) for path in paths]
+    return [Place(path, _listen(args, path, stack)) for path in paths]
+
+
 def offer(
     args: argparse.Namespace,
-    index: int,
+    place: Place,
     device: Device,
     loop: Loop,
+    connector: Connector,
     stack: ExitStack,
     *,
     queue_num: int | None,
 ) -> None:
-    """Puts a device on the socket of this index; it is taken off again when `stack` is closed."""
+    """Puts a device in its place; it is taken off again when `stack` is closed."""
     gone = loop.stop if args.once else None
-    if args.client:
-        client = Client(device, loop, args.socket[index], queue_num=queue_num, on_disconnect=gone)
+    offered = _offered(args, device)
+    if place.socket is None:
+        client = Client(
+            device,
+            loop,
+            place.name,
+            offered=offered,
+            queue_num=queue_num,
+            on_disconnect=gone,
+            connect=connector.connect,
+        )
         stack.callback(client.close)
-        return
-    server = (
-        _server_on_descriptor(args.fd, device, loop, stack, gone, queue_num)
-        if args.fd is not None
-        else Server(device, loop, args.socket[index], queue_num=queue_num, on_disconnect=gone)
-    )
-    if server is not None:
+    elif place.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        server = Server(
+            device, loop, place.socket, offered=offered, queue_num=queue_num, on_disconnect=gone
+        )
         stack.callback(server.close)
         log.info("%s: waiting for a frontend", server.name)
+    else:
+        watch_device(device, loop)
+        stack.callback(unwatch_device, device, loop)
+        connection = Connection(
+            place.socket,
+            device,
+            loop,
+            name=place.name,
+            offered=offered,
+            queue_num=queue_num,
+            on_closed=loop.stop,
+        )
+        stack.callback(connection.close)
 
 
-def _server_on_descriptor(
-    fd: int,
-    device: Device,
-    loop: Loop,
-    stack: ExitStack,
-    gone: Callable[[], None] | None,
-    queue_num: int | None,
-) -> Server | None:
-    """A server on a listening socket; on one that is connected the device is served at once."""
-    sock = _handed_over(fd)
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return Server(device, loop, sock, queue_num=queue_num, on_disconnect=gone)
-    watch_device(device, loop)
-    stack.callback(unwatch_device, device, loop)
-    connection = Connection(
-        sock, device, loop, name=f"fd {fd}", queue_num=queue_num, on_closed=loop.stop
+def _offered(args: argparse.Namespace, device: Device) -> int | None:
+    """The protocol features to offer; None for the device's own.
+
+    Notes of what is in flight are kept in a file without a name. Without memfd_create(2) that is a
+    temporary file, and a confined process makes none.
+    """
+    if args.sandbox == "off" or hasattr(os, "memfd_create"):
+        return None
+    return protocol_features(device) & ~(1 << ProtocolFeature.INFLIGHT_SHMFD)
+
+
+def _listen(args: argparse.Namespace, path: str, stack: ExitStack) -> socket.socket:
+    listener = Listener(
+        path,
+        owner=args.socket_user,
+        group=args.socket_group,
+        mode=args.socket_mode,
+        patience=PREDECESSOR_SECONDS,
     )
-    stack.callback(connection.close)
-    return None
+    stack.callback(listener.close)
+    return listener.socket
 
 
 def _handed_over(fd: int) -> socket.socket:

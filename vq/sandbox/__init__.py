@@ -1,0 +1,95 @@
+"""Confining a process that parses what guests send.
+
+`confine` takes from this process whatever its system can take: the user it runs as, its
+privileges, the files, the network and the system calls that it does not need. What a system has not
+got is told, and whoever calls decides whether to go on without it.
+
+One module for each system (`linux`, `openbsd`, `freebsd`), the same three functions in each; here
+one of them is chosen. Linux' parts are apart: `seccomp` and `system_calls`, `landlock`,
+`namespaces`, `capabilities`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+
+from vq.errors import UsageError
+from vq.sandbox.policy import Confinement, Policy
+from vq.sandbox.user import User, find_user
+
+__all__ = [
+    "Confinement",
+    "Policy",
+    "User",
+    "confine",
+    "facilities",
+    "find_user",
+    "keep_helper_privileges",
+    "prepare",
+]
+
+_LATE_IMPORTS = (
+    *("encodings.ascii", "encodings.idna", "encodings.latin_1", "encodings.utf_8"),
+    *("json.decoder", "json.encoder", "linecache", "stringprep", "tokenize", "traceback"),
+)
+"""What the standard library imports when it is first used."""
+
+
+def prepare() -> None:
+    """Loads what would otherwise be looked for when no files are left. Before `confine`."""
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
+    # The C library reads the local time zone's file each time, unless it has a name.
+    if "TZ" not in os.environ and os.path.exists("/etc/localtime"):
+        os.environ["TZ"] = ":/etc/localtime"
+    time.tzset()
+
+
+def confine(policy: Policy) -> Confinement:
+    """Confines this process to what `policy` leaves it; says what holds and what is missing.
+
+    Raises `OSError` when it cannot become the user that the policy names, `UsageError` when a
+    module lists a system call that is not known.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import linux
+
+        return linux.confine(policy)
+    if sys.platform.startswith("openbsd"):
+        from vq.sandbox import openbsd
+
+        return openbsd.confine(policy)
+    if sys.platform.startswith("freebsd"):
+        from vq.sandbox import freebsd
+
+        return freebsd.confine(policy)
+    raise UsageError(f"no sandbox is known on {sys.platform}")
+
+
+def keep_helper_privileges(*, again: bool) -> None:
+    """In a helper that is root: gives up what it does not need, where the system knows parts of
+    root's privileges. `again` says that it may have to start another worker."""
+    if sys.platform == "linux" and os.geteuid() == 0:
+        from vq.sandbox import linux
+
+        linux.keep_helper_privileges(again=again)
+
+
+def facilities() -> dict[str, bool | int]:
+    """What this host has for `confine`, by name: whether it works, or which version of it."""
+    if sys.platform == "linux":
+        from vq.sandbox import linux
+
+        return linux.facilities()
+    if sys.platform.startswith("openbsd"):
+        from vq.sandbox import openbsd
+
+        return openbsd.facilities()
+    if sys.platform.startswith("freebsd"):
+        from vq.sandbox import freebsd
+
+        return freebsd.facilities()
+    return {}
