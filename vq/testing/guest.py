@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -90,6 +90,8 @@ class Guest(ABC):
     def __init__(self, kind: str, *, boot_timeout: float, lifetime: float) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="vq-guest-"))
         """Where the guest's own files are; gone after `close`."""
+        self.more_of_errors: Callable[[], str] = lambda: ""
+        """What a command's failure says on top: whoever serves the guest's devices may know why."""
         self._process: ContainedProcess | None = None
         self._shell: _Shell | None = None
         started = time.monotonic()
@@ -134,7 +136,10 @@ class Guest(ABC):
         """What a command writes; raises `GuestError` when its exit status is not 0."""
         result = self.run(command, timeout=timeout)
         if result.status:
-            raise GuestError(f"{command!r} ended with {result.status}: {result.output.strip()}")
+            raise GuestError(
+                f"{command!r} ended with {result.status}: {result.output.strip()}"
+                + self.more_of_errors()
+            )
         return result.output
 
     def kernel_log(self) -> str:
@@ -386,6 +391,22 @@ def _uml_modules() -> tuple[str, Path]:
     if not found:
         raise MissingRequirement("needs the modules of User-Mode Linux in /usr/lib/uml/modules")
     return found[-1].parent.name, found[-1].parent
+
+
+def check_uml_drives(kinds: Iterable[int], more: Collection[str] = ()) -> None:
+    """Raises `MissingRequirement` unless User-Mode Linux has a driver for each type of device.
+
+    `more` are modules that are loaded as well, and may drive what nothing else does.
+    """
+    _, modules = _uml_modules()
+    aliases = (modules / "modules.alias").read_text()  # of modules; none is built in
+    driven = {int(found, 16) for found in re.findall(r"^alias virtio:d(\w{8})v", aliases, re.M)}
+    for kind in kinds:
+        if kind not in driven and not set(more) - _COMMON_MODULES:
+            raise MissingRequirement(
+                f"User-Mode Linux has no driver for devices of type {int(kind)}: nothing would use"
+                " the device (QemuGuest has more drivers; `undriven=True` boots all the same)"
+            )
 
 
 class _Shell:
