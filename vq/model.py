@@ -303,7 +303,7 @@ class DeviceModel(Device):
 
         def start(requests: Sequence[Request]) -> None:
             for request in requests:
-                self.run_async(handler(request), request)
+                self.run_async(cast("AsyncHandler", handler)(request), request)
 
         return start
 

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -33,7 +33,6 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from vq.abi import DeviceId
 from vq.errors import VqError
 from vq.testing.contained import ContainedProcess, inheritable_copy
 from vq.testing.debian_kernel import find_kernel
@@ -41,7 +40,7 @@ from vq.testing.initramfs import shell_initramfs
 from vq.testing.plain_fpu import with_plain_fpu
 from vq.testing.requirements import MissingRequirement, find_program
 
-__all__ = ["Guest", "GuestError", "QemuGuest", "Result", "UmlGuest"]
+__all__ = ["Guest", "GuestError", "QemuGuest", "Result", "UmlGuest", "check_uml_drives"]
 
 PROGRAMS = {
     # busybox's own shell would take its applets instead of the programs below.
@@ -55,14 +54,6 @@ PROGRAMS = {
 
 MODULES = ("8021q",)
 """Kernel modules that ``modprobe`` finds in every guest, beside those loaded at the start."""
-
-DRIVERS = {
-    DeviceId.NET: ("virtio_net", "ipv6"),
-    DeviceId.BLOCK: ("virtio_blk",),
-    DeviceId.CONSOLE: ("virtio_console",),
-    DeviceId.VSOCK: ("vmw_vsock_virtio_transport",),
-}
-"""Modules of User-Mode Linux that drive a type of device; it has none for other types."""
 
 _COMPLAINT = re.compile(
     r"BUG:|WARNING:|Call Trace|Kernel panic|is not a head|Oops|NETDEV WATCHDOG|soft lockup"
@@ -203,10 +194,12 @@ class UmlGuest(Guest):
     ) -> None:
         self._linux = find_program("linux.uml", package="user-mode-linux")
         release, modules = _uml_modules()
+        drivers = _uml_drivers()
+        driving = [drivers[kind] for _, kind in devices if kind in drivers]
         self._initrd = shell_initramfs(
             release=release,
             modules_from=modules,
-            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *_drivers_of(devices), *load])),
+            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *driving, *load])),
             modules=MODULES,
             programs=_guest_programs(programs),
             console=("tty1", 4, 1),
@@ -375,11 +368,6 @@ class QemuGuest(Guest):
         return answer["return"]
 
 
-def _drivers_of(devices: Sequence[tuple[str | Path, int]]) -> list[str]:
-    known: dict[int, tuple[str, ...]] = {int(kind): names for kind, names in DRIVERS.items()}
-    return [name for _, kind in devices for name in known.get(kind, ())]
-
-
 def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
     wanted = {**PROGRAMS, **more}
     return {name: find_program(name, package=package) for name, package in wanted.items()}
@@ -393,20 +381,22 @@ def _uml_modules() -> tuple[str, Path]:
     return found[-1].parent.name, found[-1].parent
 
 
-def check_uml_drives(kinds: Iterable[int], more: Collection[str] = ()) -> None:
-    """Raises `MissingRequirement` unless User-Mode Linux has a driver for each type of device.
-
-    `more` are modules that are loaded as well, and may drive what nothing else does.
-    """
-    _, modules = _uml_modules()
-    aliases = (modules / "modules.alias").read_text()  # of modules; none is built in
-    driven = {int(found, 16) for found in re.findall(r"^alias virtio:d(\w{8})v", aliases, re.M)}
+def check_uml_drives(kinds: Iterable[int]) -> None:
+    """Raises `MissingRequirement` unless User-Mode Linux has a driver for each type of device."""
+    drivers = _uml_drivers()
     for kind in kinds:
-        if kind not in driven and not set(more) - _COMMON_MODULES:
+        if kind not in drivers:
             raise MissingRequirement(
                 f"User-Mode Linux has no driver for devices of type {int(kind)}: nothing would use"
-                " the device (QemuGuest has more drivers; `undriven=True` boots all the same)"
+                " the device there (undriven=True boots all the same; QemuGuest has other drivers)"
             )
+
+
+def _uml_drivers() -> dict[int, str]:
+    """For each type of device the module of User-Mode Linux that drives it; none is built in."""
+    aliases = (_uml_modules()[1] / "modules.alias").read_text()
+    found = re.findall(r"^alias virtio:d(\w{8})v\S* (\S+)", aliases, re.M)
+    return {int(kind, 16): module for kind, module in found}
 
 
 class _Shell:

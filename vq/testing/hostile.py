@@ -16,8 +16,9 @@ device, on each of its queues. It fails when
 * the device does not work after a reset, or for the next driver.
 
 Where a device does its work later, in threads or coroutines, the battery waits for that before it
-judges (`Device.settle`). A device that hangs is for pytest's own time limit to find. Cases of a device's own are written as
-these are, with `Case`, and handed to the battery as well. `run_case` plays one without pytest.
+judges (`Device.settle`). A device that hangs is for pytest's own time limit to find. Cases of a
+device's own are written as these are, with `Case`, and handed to the battery as well. `run_case`
+plays one without pytest.
 """
 
 from __future__ import annotations
