@@ -10,6 +10,9 @@ import os
 from collections.abc import Generator
 
 import pytest
+from net_world import both_ways
+
+__all__ = ["both_ways"]
 
 REQUIRED = os.environ.get("VQ_REQUIRE", "0") not in ("", "0")
 NOT_TO_BE_INSTALLED = (

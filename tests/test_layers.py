@@ -15,7 +15,7 @@ ROOT = Path(vq.__file__).parent
 LAYERS = (
     ("errors", "abi"),
     ("memory", "packet", "pcap", "ioctl", "unix_socket"),
-    ("split_ring", "driver", "offload", "platforms"),
+    ("split_ring", "driver", "offload", "platforms", "gather", "io_uring"),
     ("software", "inflight", "abi_probe"),
     ("device", "link", "tun_hdr", "net_driver", "net_filter", "dhcp"),
     ("net_receive", "net_transmit", "net_control", "guest_stack", "loop", "vhost_message"),

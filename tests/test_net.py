@@ -34,6 +34,8 @@ from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_driver import Layout, NetDriver, NetHeader
 from vq.offload import ALL, Offload
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 FRAME = ethernet(bytes(range(46)), to=OTHER_MAC, source=OUR_MAC)
 ALL_HOST = ("CSUM", "HOST_TSO4", "HOST_TSO6", "HOST_ECN", "HOST_USO")
 

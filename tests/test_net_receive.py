@@ -32,6 +32,8 @@ from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetHeader
 from vq.offload import Offload
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 FRAME = ethernet(bytes(range(46)))
 MRG = features("MRG_RXBUF")
 GUEST_OFFLOADS = ("GUEST_CSUM", "GUEST_TSO4", "GUEST_TSO6", "GUEST_ECN", "GUEST_USO4", "GUEST_USO6")

@@ -31,7 +31,15 @@ from vq.errors import AddressError, UsageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DirtyLog", "GuestMemory", "Region", "fence", "order_loads", "order_stores"]
+__all__ = [
+    "DirtyLog",
+    "GuestMemory",
+    "Region",
+    "fence",
+    "map_shared",
+    "order_loads",
+    "order_stores",
+]
 
 _ADDRESS_SPACE = 1 << 64
 """Guest-physical addresses are 64 bits wide in every virtio structure (virtio 1.3, 2.7.5)."""
@@ -214,7 +222,7 @@ class Region(_Window):
             granule = block
         skipped = self.offset % granule
         length = -(-(skipped + self.size) // granule) * granule
-        whole, address = _map_shared(self.fd, self.offset - skipped, length)
+        whole, address = map_shared(self.fd, self.offset - skipped, length)
         view = whole[skipped : skipped + self.size]
         address += skipped
         self._span = (self.gpa, self.gpa + self.size, view, address)
@@ -711,7 +719,7 @@ _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def _map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
+def map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
     """Maps part of a file; the mapping goes when the last view of it does. View and address."""
     kind = ctypes.c_ubyte * length
     protection = mmap.PROT_READ | mmap.PROT_WRITE
@@ -719,7 +727,7 @@ def _map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
     if address == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(
-            number, f"cannot map {length:#x} bytes of guest memory: {os.strerror(number)}"
+            number, f"cannot map {length:#x} bytes of shared memory: {os.strerror(number)}"
         )
     # Views keep the array that they show; the array's end is the mapping's. At exit the kernel
     # unmaps, since a view may then be alive still.

@@ -4,20 +4,28 @@
 guest's buffers. What must not or cannot go there directly takes the way through private memory: all
 frames when a locked MAC decides over them, a frame that leaves undone what the guest does not take,
 and the part of a frame that is longer than the buffers gathered for it.
+
+There are two ways to hold the buffers. Usual ones are held in a `Run` and lent by address, at a
+small part of the price; anything else is held as chains and lent as views. What the short way does
+not know (a filter's private frames, a frame that waits, a buffer of several pieces) is left to the
+plain one: the run becomes chains, and while there are any, these are used.
 """
 
 from __future__ import annotations
 
+import ctypes
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
-from vq.link import MAX_FRAME, Frame, scatter
+from vq.link import MAX_FRAME, Frame, Places, scatter
 from vq.offload import Offload
 from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
-from vq.split_ring import Chain, SplitRing
+from vq.split_ring import Chain, Run, SplitRing
 
 __all__ = ["ReceiveWindow"]
 
@@ -28,6 +36,8 @@ _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
+_ONES = memoryview(b"\1" * _REFILL)
+_ZEROS = memoryview(bytes(_REFILL))
 
 
 class ReceiveWindow:
@@ -53,10 +63,14 @@ class ReceiveWindow:
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
-        self._chains: list[Chain] = []
+        self._run = Run(ring, writable=True)
+        self._chains: list[Chain] = []  # empty while the run is not
         self._finished: list[Chain] = []
+        self._given_back = False  # whether used elements were written since the last flush
         self._pending: deque[Frame] = deque()
-        self._spill = memoryview(bytearray(MAX_FRAME))
+        spill = (ctypes.c_ubyte * MAX_FRAME)()
+        self._spill = memoryview(spill).cast("B")
+        self._spill_address = ctypes.addressof(spill)
         self._views: list[memoryview] = []  # lent for the next frame, the spill last
         self._first_room = 0  # bytes of the frame that the first buffer takes
         self._gathered = 1  # buffers that the views lie in
@@ -87,6 +101,7 @@ class ReceiveWindow:
 
     def views(self) -> Sequence[memoryview]:
         """Room for the largest frame; empty while there is none. See `vq.link.Room`."""
+        self._leave_run()
         if (self._pending and not self._place_pending()) or (
             not self._chains and not self._refill()
         ):
@@ -124,14 +139,12 @@ class ReceiveWindow:
             ):
                 self._drop("filtered")
                 return
-        if self.largest_plain is not None and length > self.largest_plain and not header[1]:
-            self._drop("longer than the mtu")
+        if self._over_mtu(header, length):
             return
         if self.private or header[:2] not in self._as_is:
             self.deliver([header, copy_range(views, 0, length)])
             return
-        # As the recent ones: a short frame among long ones changes little.
-        self._expected = max(length, self._expected - (self._expected >> 3))
+        self._expect(length)
         if length <= self._first_room:
             chain = self._chains.pop(0)
             chain.written = NET_HDR_SIZE + length
@@ -141,58 +154,141 @@ class ReceiveWindow:
         else:
             self._commit_over_buffers(header, length)
 
-    def lend_burst(self, limit: int, longest: int) -> Sequence[memoryview]:
-        """One buffer each for frames that need no second look. See `vq.link.Room`."""
+    def _over_mtu(self, header: bytes, length: int) -> bool:
+        """Whether a frame is longer than it may be, and was dropped for that."""
+        if self.largest_plain is None or length <= self.largest_plain or header[1]:
+            return False
+        self._drop("longer than the mtu")
+        return True
+
+    def _expect(self, length: int) -> None:
+        """The next frames are like the recent ones: a short one among long ones changes little."""
+        self._expected = max(length, self._expected - (self._expected >> 3))
+
+    # --- PlacesRoom: the short way --------------------------------------------------------------
+
+    def lend_apart(self, limit: int, longest: int) -> Places | None:
+        """See `vq.link.PlacesRoom`."""
+        run = self._run
         if (
-            self.private
-            or self._pending
-            or self.wants is not None
+            self.wants is not None
             or (self.largest_plain is not None and self.largest_plain < longest)
-            or not (self._chains or self._refill())
-            or self._shortest <= NET_HDR_SIZE + longest
+            or not self._uses_run()
         ):
-            return ()
-        return [chain.writable[0] for chain in self._chains[:limit]]
+            return None
+        if len(run) < limit:
+            run.pop(_REFILL)
+        if run.shortest <= NET_HDR_SIZE + longest:
+            return None
+        return run.addresses[:limit], run.lengths[:limit]
 
-    def commit_burst(self, lengths: Sequence[int]) -> None:
-        """See `vq.link.Room`. What stands in the headers by now concerns the guest alone."""
-        as_is = self._as_is
+    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+        """See `vq.link.PlacesRoom`."""
         count = len(lengths)
-        chains = self._chains[:count]
-        others: list[Chain] = []
-        for chain, length in zip(chains, lengths, strict=True):
-            first = chain.writable[0]
-            if (first[0] or first[1]) and bytes(first[:2]) not in as_is:
-                others.append(chain)
-            else:
-                first[10] = 1  # num_buffers (5.1.6.4)
-            chain.written = length
-        if others:
-            self._commit_others(chains, others)
-            return
-        del self._chains[:count]
-        self._finished += chains
-        self._stats["rx_frames"] += count
-        self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
+        flags, gso_types = headers[::NET_HDR_SIZE], headers[1::NET_HDR_SIZE]
+        if not _all_zero(flags) or not _all_zero(gso_types):
+            as_is = self._as_is
+            if not all(bytes(pair) in as_is for pair in zip(flags, gso_types, strict=True)):
+                self._commit_one_by_one(lengths, headers)
+                return False
+        headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
+        self._use_run(lengths, sum(lengths) - NET_HDR_SIZE * count, frames=count)
+        return True
 
-    def _commit_others(self, chains: list[Chain], others: list[Chain]) -> None:
-        """Some of the frames that came in a burst leave undone what the guest does not take.
+    def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
+        """Some of the frames leave undone what the guest does not take.
 
-        They are copied, and get their places anew, behind the rest of the burst.
+        All of them are copied, and get their places anew.
         """
         frames: list[Frame] = []
-        for chain in others:
-            first, length = chain.writable[0], chain.written
-            frames.append([bytes(first[:NET_HDR_SIZE]), bytes(first[NET_HDR_SIZE:length])])
-            chain.written = len(first)
-        del self._chains[: len(chains)]
-        self._chains[:0] = others
-        for chain in chains:
-            if chain not in others:
-                self._finished.append(chain)
-                self._count(chain.written - NET_HDR_SIZE)
+        for index, length in enumerate(lengths):
+            start = NET_HDR_SIZE * index
+            header = bytes(headers[start : start + NET_HDR_SIZE])
+            frames.append([header, bytes(self._run.view(index)[NET_HDR_SIZE:length])])
         for frame in frames:
             self.deliver(frame)
+
+    def lend_together(self) -> Places | None:
+        """See `vq.link.PlacesRoom`. As many as the frame is expected to need, and the spill."""
+        if not self._mergeable or not self._uses_run():
+            return None
+        run = self._run
+        wanted = NET_HDR_SIZE + self._expected
+        if run.shortest < NET_HDR_SIZE:
+            return None
+        count = 1 + wanted // run.shortest  # perhaps a few more than it takes
+        if count > len(run):
+            run.pop(_REFILL)
+        lengths = run.lengths[:count]
+        self._gathered = len(lengths)
+        return [*run.addresses[:count], self._spill_address], [*lengths, MAX_FRAME]
+
+    def commit_together(self, length: int) -> None:
+        """See `vq.link.PlacesRoom`. What the header says by now concerns the guest alone."""
+        run = self._run
+        first = run.view(0)
+        header = bytes(first[:NET_HDR_SIZE])
+        payload = length - NET_HDR_SIZE
+        ends = list(accumulate(run.lengths[: self._gathered]))
+        if (
+            length > ends[-1]
+            or header[:2] not in self._as_is
+            or (self.wants is not None and len(first) < NET_HDR_SIZE + _START)
+        ):
+            self._commit_as_chains(length)
+            return
+        if self.wants is not None and not self.wants(
+            bytes(first[NET_HDR_SIZE : min(length, NET_HDR_SIZE + _START)])
+        ):
+            self._drop("filtered")
+            return
+        if self._over_mtu(header, payload):
+            return
+        self._expect(payload)
+        last = bisect_left(ends, length)
+        first[10:NET_HDR_SIZE] = (last + 1).to_bytes(2, "little")
+        written = run.lengths[: last + 1]
+        written[last] -= ends[last] - length
+        self._use_run(written, payload, frames=1)
+
+    def _commit_as_chains(self, length: int) -> None:
+        """A frame that stands in the first buffers of the run, and perhaps in the spill."""
+        gathered = self._gathered
+        self._leave_run()
+        buffers = [view for chain in self._chains[:gathered] for view in chain.writable]
+        views = [*buffers, self._spill]
+        header = copy_range(views, 0, NET_HDR_SIZE)
+        self._views = cut(views, NET_HDR_SIZE)
+        self._room = sum(map(len, buffers)) - NET_HDR_SIZE
+        self._first_room = len(buffers[0]) - NET_HDR_SIZE
+        self.commit(header, length - NET_HDR_SIZE)
+
+    def _uses_run(self) -> bool:
+        """Whether the buffers are held in a run, after taking some if none are held."""
+        if self.private or self._pending or self._chains:
+            return False
+        if self._run:
+            return True
+        self._flush_chains()  # the older ones first
+        return bool(self._run.pop(_REFILL))
+
+    def _use_run(self, written: Sequence[int], payload: int, *, frames: int) -> None:
+        """The first buffers are used by frames that stand in them already."""
+        self._run.give_back(written)
+        self._given_back = True
+        self._stats["rx_frames"] += frames
+        self._stats["rx_bytes"] += payload
+
+    def _leave_run(self) -> None:
+        """Goes over to chains."""
+        if self._run:
+            self._keep(self._run.to_chains())
+
+    def _flush_chains(self) -> None:
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._ring.write_used_burst(finished)
+            self._given_back = True
 
     # --- for the device -----------------------------------------------------------------------
 
@@ -210,24 +306,26 @@ class ReceiveWindow:
         """Takes a private frame that has passed the filters, and does what the guest does not
         take undone. It is placed as soon as there is room.
         """
+        self._leave_run()
         self._finish(frame)
         if not self._place_pending():
             self.starved = True
 
     def flush(self) -> bool:
         """Writes the used elements of the buffers that were filled; whether there were any."""
-        if not self._finished:
-            return False
-        finished, self._finished = self._finished, []
-        self._ring.write_used_burst(finished)
-        return True
+        self._flush_chains()
+        given_back, self._given_back = self._given_back, False
+        return given_back
 
     def retry(self) -> None:
         """The guest made buffers available: places what waits for them."""
+        if self._pending:
+            self._leave_run()
         self.starved = bool(self._pending) and not self._place_pending()
 
     def put_back(self) -> None:
         """Gives the unused buffers back to the ring, for whoever works on it later."""
+        self._leave_run()
         self._ring.undo_pop(self._chains)
         self._chains.clear()
 
@@ -258,6 +356,10 @@ class ReceiveWindow:
 
     def _refill(self) -> bool:
         chains = self._ring.pop_burst(_REFILL)
+        self._keep(chains)
+        return bool(chains)
+
+    def _keep(self, chains: list[Chain]) -> None:
         shortest = self._shortest if self._chains else MAX_FRAME + NET_HDR_SIZE
         for chain in chains:
             if chain.readable:
@@ -271,7 +373,6 @@ class ReceiveWindow:
                 shortest = size
         self._shortest = shortest
         self._chains.extend(chains)
-        return bool(chains)
 
     def _misfit(self, chains: list[Chain], misfit: Chain) -> DriverError:
         """A chain with readable buffers is given back empty; the others stay."""
@@ -402,6 +503,10 @@ class ReceiveWindow:
 
     def _drop(self, reason: str) -> None:
         self._stats["rx_dropped: " + reason] += 1
+
+
+def _all_zero(column: memoryview) -> bool:
+    return column == _ZEROS[: len(column)]
 
 
 def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:

@@ -3,30 +3,39 @@
 `FrameMaker` copies each frame's net header out of guest memory, checks it against what the guest
 negotiated and against the frame, and does in software what the link does not (virtio 1.3,
 5.1.6.2). The frame's bytes are not copied: the link writes them straight out of guest memory.
+
+Where the link has an outbox, short frames that leave nothing undone go a shorter way, many at a
+time (`send_plain`). They are copied, which costs less than to look at each in its place.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TypeAlias
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
-from vq.link import Frame, Link
+from vq.link import Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
-from vq.split_ring import Chain
+from vq.split_ring import Chain, Run
 
-__all__ = ["Burst", "FrameMaker", "Responder"]
+__all__ = ["MOST_AT_ONCE", "Burst", "FrameMaker", "Responder"]
 
 Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
 """Is shown a frame from the guest, and gives the whole frame that answers it, or None.
 
 The pieces are views of guest memory, whose bytes may change between two looks at them.
 """
+MOST_AT_ONCE = 64
+"""Frames that `send_plain` looks at together."""
 _ETHERNET = 14
+_LOOKED_AT = 4
+"""Bytes of the net header in which nothing is found when nothing is undone."""
+_NO_FIELDS = memoryview(bytes(_LOOKED_AT * MOST_AT_ONCE)).cast("I")
 _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
 
 
@@ -62,6 +71,30 @@ class FrameMaker:
         self._link = link
         self._responders = tuple(responders)
         self._stats = stats
+
+    def send_plain(self, run: Run, outbox: Outbox) -> int:
+        """Sends the frames of a run, if all are short and leave nothing undone, and nobody has to
+        look at them; returns how many the link has dealt with.
+
+        0 leaves them to `make`, whatever the reason. Raises `OSError` when the link is gone.
+        """
+        lengths = run.lengths
+        total = sum(lengths)
+        if (
+            self._responders
+            or self.locked_mac is not None
+            or run.shortest < NET_HDR_SIZE + max(self._link.min_frame, 1)
+            or total > outbox.most_bytes
+        ):
+            return 0
+        frames = outbox.take(run.addresses, lengths, total)
+        if not _nothing_undone(frames, lengths, total):
+            return 0
+        sent = outbox.send(lengths)
+        self._stats["tx_frames"] += sent
+        done = total if sent == len(lengths) else sum(lengths[:sent])
+        self._stats["tx_bytes"] += done - NET_HDR_SIZE * sent
+        return sent
 
     def make(self, queue: str, chains: Sequence[Chain]) -> Burst:
         """The frames in `chains`, which are of the queue of this name, and what became of others.
@@ -151,6 +184,24 @@ class FrameMaker:
     def _drop(self, burst: Burst, chain: Chain, reason: str) -> None:
         self._stats["tx_dropped: " + reason] += 1
         burst.dropped.append(chain)
+
+
+def _nothing_undone(frames: memoryview, lengths: Sequence[int], total: int) -> bool:
+    """Whether no header of these frames, one behind another, has flags, a gso_type or an hdr_len.
+
+    The other fields have no meaning then. hdr_len has none either, but a tap may refuse it.
+    """
+    length = lengths[0]
+    if length % _LOOKED_AT == 0 and lengths.count(length) == len(lengths):
+        # A look at all the headers at once.
+        starts = frames[:total].cast("I")[:: length // _LOOKED_AT]
+        return starts == _NO_FIELDS[: len(lengths)]
+    return not any(
+        [
+            frames[start] | frames[start + 1] | frames[start + 2] | frames[start + 3]
+            for start in accumulate(lengths[:-1], initial=0)
+        ]
+    )
 
 
 def _misfit(burst: Burst, queue: str, chain: Chain) -> None:
