@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -12,7 +13,8 @@ import pytest
 
 from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
 from vq.driver import Driver, DriverRing, GuestBuffer
-from vq.link import Frame, Link, Places, PlacesRoom, Port, Room, scatter
+from vq.gather import IoVectors
+from vq.link import MAX_FRAME, Frame, Link, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
@@ -41,9 +43,12 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
 
     What comes out must be the same.
     """
-    before, ScriptedPort.by_address = ScriptedPort.by_address, request.param == "by address"
-    yield
-    ScriptedPort.by_address = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedPort, "by_address", request.param == "by address")
+        patch.setattr("vq.net._WORTH_A_BATCH", 1)  # whenever it can
+        patch.setattr("vq.net_receive._DETOUR", 0)
+        patch.setattr("vq.net_transmit._DETOUR", 0)
+        yield
 
 
 class ScriptedPort(Port):
@@ -86,11 +91,8 @@ class ScriptedPort(Port):
             raise self.error
         moved = self._read_apart(cast(PlacesRoom, room), limit) if self.by_address else 0
         while moved < limit and self.incoming:
-            if self.by_address and (places := cast(PlacesRoom, room).lend_together()) is not None:
-                header, data = self.incoming.popleft()
-                whole = header[:10] + b"\0\0" + data
-                spread(whole, places)
-                cast(PlacesRoom, room).commit_together(len(whole))
+            if self.by_address and (places := cast(PlacesRoom, room).lend_together(MAX_FRAME)):
+                self._read_together(cast(PlacesRoom, room), *places)
                 moved += 1
                 continue
             views = room.views()
@@ -101,6 +103,13 @@ class ScriptedPort(Port):
             room.commit(header, len(data))
             moved += 1
         return moved
+
+    def _read_together(self, room: PlacesRoom, vectors: IoVectors, first: int, count: int) -> None:
+        header, data = self.incoming.popleft()
+        with tempfile.TemporaryFile(buffering=0) as file:
+            file.write(header[:10] + b"\0\0" + data)
+            file.seek(0)
+            room.commit_together(vectors.read(file.fileno(), first, count))
 
     def _read_apart(self, room: PlacesRoom, limit: int) -> int:
         """As a kernel puts frames into places that are known to be long enough."""
@@ -144,14 +153,6 @@ class ScriptedOutbox:
         frames: list[Frame] = [[PLAIN, frame[12:]] for frame in whole]
         assert all(frame[:2] == b"\0\0" for frame in whole), "nothing is left undone"
         return self._port.write_burst(frames)
-
-
-def spread(data: bytes, places: Places) -> None:
-    """Copies bytes over places, which have room for them."""
-    for address, length in zip(*places, strict=True):
-        ctypes.memmove(address, data[:length], len(data[:length]))
-        data = data[length:]
-    assert not data
 
 
 class ScriptedLink(Link):

@@ -28,7 +28,8 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar, cast
 
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, HdrFlag, HdrGso, feature_mask
-from vq.link import Frame, Link, Outbox, Places, PlacesRoom, Port, Room, scatter
+from vq.gather import IoVectors
+from vq.link import Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver, NetHeader
@@ -261,13 +262,16 @@ class _Watched:
             self._count(bytes(headers[12 * number : 12 * number + 12]), length - 12)
         return self._room.commit_apart(lengths, headers)
 
-    def _lend_together(self) -> Places | None:
-        self._places = self._room.lend_together()
+    def _lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        self._places = self._room.lend_together(longest)
         return self._places
 
     def commit_together(self, length: int) -> None:
         assert self._places is not None
-        self._count(ctypes.string_at(self._places[0][0], 12), length - 12)
+        vectors, first, _ = self._places
+        address = ctypes.c_void_p.from_address(vectors.address + 16 * first).value
+        assert address is not None
+        self._count(ctypes.string_at(address, 12), length - 12)
         self._room.commit_together(length)
 
     def _count(self, header: bytes, length: int) -> None:

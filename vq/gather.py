@@ -27,24 +27,24 @@ class IoVectors:
     """An array of `count` times `struct iovec`; `address` is where it lies."""
 
     def __init__(self, count: int) -> None:
-        width = ctypes.sizeof(ctypes.c_void_p)
-        memory = (ctypes.c_ubyte * (2 * width * count))()
+        memory = (ctypes.c_ubyte * (2 * _WORD * count))()
         self.address = ctypes.addressof(memory)
-        words = memoryview(memory).cast("B").cast("L")  # as wide as a pointer
+        self.count = count
+        words = memoryview(memory).cast("B").cast("L")
         self._addresses, self._lengths = words[::2], words[1::2]
-        self._filled: list[int] = []  # the lengths that stand there
 
-    def fill(self, addresses: Sequence[int], lengths: Sequence[int]) -> None:
-        """Stores pieces from the first place on: one for each address."""
-        count = len(addresses)
-        self._addresses[:count] = array("L", addresses)
-        if lengths != self._filled[:count]:
-            self._lengths[:count] = array("L", lengths)
-            self._filled = list(lengths)
+    def put(self, first: int, addresses: Sequence[int], lengths: Sequence[int]) -> None:
+        """Stores pieces from number `first` on. There must be as many lengths as addresses."""
+        end = first + len(addresses)
+        self._addresses[first:end] = array("L", addresses)
+        self._lengths[first:end] = array("L", lengths)
 
-    def read(self, fd: int, count: int) -> int:
-        """readv(2) into the first `count` pieces; returns the number of bytes. Raises `OSError`."""
-        length: int = _readv(fd, self.address, count)
+    def read(self, fd: int, first: int, count: int) -> int:
+        """readv(2) into `count` pieces from number `first` on; returns how many bytes it read.
+
+        Raises `OSError`.
+        """
+        length: int = _readv(fd, self.address + 2 * _WORD * first, count)
         if length < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -78,7 +78,7 @@ class Slab:
 
         `total` is the sum of the lengths. Raises `OSError` (EFAULT) when not all pieces are there.
         """
-        self._vectors.fill(addresses, lengths)
+        self._vectors.put(0, addresses, lengths)
         self._pieces, self._total = len(addresses), total
         self._move(_pwritev)
 
@@ -96,6 +96,7 @@ class Slab:
             raise OSError(code, f"memory cannot be copied: {os.strerror(code)}")
 
 
+_WORD = ctypes.sizeof(ctypes.c_void_p)  # as wide as size_t, and as the "L" of arrays
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

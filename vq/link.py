@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
+from vq.gather import IoVectors
 from vq.offload import ALL, Offload
 
 __all__ = [
@@ -83,8 +84,9 @@ class PlacesRoom(Room, Protocol):
         true it was made complete, and the link puts the headers back into the places.
         """
 
-    def lend_together(self) -> Places | None:
-        """Places that the next frame fills one after another, with room for the largest.
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        """Places that the next frame fills one after another, with room for one of `longest` bytes:
+        vectors, the number of the first of them, and how many they are.
 
         None when it has to be read into `views`.
         """

@@ -35,6 +35,7 @@ __all__ = [
     "DirtyLog",
     "GuestMemory",
     "Region",
+    "address_of",
     "fence",
     "map_shared",
     "order_loads",
@@ -609,7 +610,7 @@ class GuestMemory:
     def _gpa_of(self, view: memoryview) -> int:
         """The guest-physical address of a view's first byte."""
         try:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+            address = address_of(view)
         except TypeError:
             raise UsageError("only writable views in one piece can be marked dirty") from None
         index = bisect_right(self._addresses, address, key=lambda pair: pair[0]) - 1
@@ -618,6 +619,11 @@ class GuestMemory:
             if 0 <= address - base < end - start:
                 return start + address - base
         raise UsageError("a view to be marked dirty is not of this memory")
+
+
+def address_of(view: memoryview) -> int:
+    """The host-virtual address of a view's first byte. `TypeError` unless it is writable."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _fence_by_lock() -> None:

@@ -61,6 +61,7 @@ DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
 """A locally administered unicast address, for devices whose maker did not choose one."""
 MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
+_WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
@@ -484,10 +485,10 @@ class NetDevice(Device):
         """
         port_index = self._port_index(queue)
         outbox = self.link.ports[port_index].outbox
-        if outbox is None or port_index in self._broken:
+        if outbox is None or port_index in self._broken or not self._frame_maker.takes_short_way():
             return [], 0
         run = Run(ring, writable=False)
-        if not run.pop(MOST_AT_ONCE):
+        if not run.pop(MOST_AT_ONCE, least=_WORTH_A_BATCH):
             return [], 0
         try:
             sent = self._frame_maker.send_plain(run, outbox)

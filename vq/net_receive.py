@@ -14,6 +14,7 @@ plain one: the run becomes chains, and while there are any, these are used.
 from __future__ import annotations
 
 import ctypes
+import struct
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,7 +22,9 @@ from itertools import accumulate
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
+from vq.gather import IoVectors
 from vq.link import MAX_FRAME, Frame, Places, scatter
+from vq.memory import address_of
 from vq.offload import Offload
 from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
@@ -32,8 +35,15 @@ __all__ = ["ReceiveWindow"]
 _REFILL = 64
 _MOST_WAITING = 64
 """Frames of the host's own kept for a guest that offers no buffers."""
+_DETOUR = 64
+"""Frames that go the plain way before the short one is tried again."""
 _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
+_SHORTEST = NET_HDR_SIZE + _START
+"""Shorter buffers are held as chains."""
+_MOST_LENT = 256
+_VECTORS = 1024
+_NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * _REFILL)
@@ -63,14 +73,14 @@ class ReceiveWindow:
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
-        self._run = Run(ring, writable=True)
-        self._chains: list[Chain] = []  # empty while the run is not
-        self._finished: list[Chain] = []
-        self._given_back = False  # whether used elements were written since the last flush
-        self._pending: deque[Frame] = deque()
         spill = (ctypes.c_ubyte * MAX_FRAME)()
         self._spill = memoryview(spill).cast("B")
-        self._spill_address = ctypes.addressof(spill)
+        self._usual = _UsualBuffers(ring, self._spill)
+        self._chains: list[Chain] = []  # empty while there are usual ones
+        self._finished: list[Chain] = []
+        self._detour = 0  # frames for which the plain way is kept to
+        self._given_back = False  # whether used elements were written since the last flush
+        self._pending: deque[Frame] = deque()
         self._views: list[memoryview] = []  # lent for the next frame, the spill last
         self._first_room = 0  # bytes of the frame that the first buffer takes
         self._gathered = 1  # buffers that the views lie in
@@ -101,7 +111,7 @@ class ReceiveWindow:
 
     def views(self) -> Sequence[memoryview]:
         """Room for the largest frame; empty while there is none. See `vq.link.Room`."""
-        self._leave_run()
+        self._leave_usual()
         if (self._pending and not self._place_pending()) or (
             not self._chains and not self._refill()
         ):
@@ -169,13 +179,14 @@ class ReceiveWindow:
 
     def lend_apart(self, limit: int, longest: int) -> Places | None:
         """See `vq.link.PlacesRoom`."""
-        run = self._run
         if (
             self.wants is not None
             or (self.largest_plain is not None and self.largest_plain < longest)
-            or not self._uses_run()
+            or not self._holds_usual()
         ):
             return None
+        self._usual.give_back()
+        run = self._usual.run
         if len(run) < limit:
             run.pop(_REFILL)
         if run.shortest <= NET_HDR_SIZE + longest:
@@ -192,7 +203,9 @@ class ReceiveWindow:
                 self._commit_one_by_one(lengths, headers)
                 return False
         headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
-        self._use_run(lengths, sum(lengths) - NET_HDR_SIZE * count, frames=count)
+        self._usual.use(lengths)
+        self._stats["rx_frames"] += count
+        self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
         return True
 
     def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
@@ -204,87 +217,83 @@ class ReceiveWindow:
         for index, length in enumerate(lengths):
             start = NET_HDR_SIZE * index
             header = bytes(headers[start : start + NET_HDR_SIZE])
-            frames.append([header, bytes(self._run.view(index)[NET_HDR_SIZE:length])])
+            frames.append([header, bytes(self._usual.run.view(index)[NET_HDR_SIZE:length])])
         for frame in frames:
             self.deliver(frame)
 
-    def lend_together(self) -> Places | None:
-        """See `vq.link.PlacesRoom`. As many as the frame is expected to need, and the spill."""
-        if not self._mergeable or not self._uses_run():
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        """See `vq.link.PlacesRoom`."""
+        if not self._mergeable or not self._holds_usual():
             return None
-        run = self._run
-        wanted = NET_HDR_SIZE + self._expected
-        if run.shortest < NET_HDR_SIZE:
-            return None
-        count = 1 + wanted // run.shortest  # perhaps a few more than it takes
-        if count > len(run):
-            run.pop(_REFILL)
-        lengths = run.lengths[:count]
-        self._gathered = len(lengths)
-        return [*run.addresses[:count], self._spill_address], [*lengths, MAX_FRAME]
+        return self._usual.lend(NET_HDR_SIZE + longest)
 
     def commit_together(self, length: int) -> None:
         """See `vq.link.PlacesRoom`. What the header says by now concerns the guest alone."""
-        run = self._run
-        first = run.view(0)
-        header = bytes(first[:NET_HDR_SIZE])
-        payload = length - NET_HDR_SIZE
-        ends = list(accumulate(run.lengths[: self._gathered]))
-        if (
-            length > ends[-1]
-            or header[:2] not in self._as_is
-            or (self.wants is not None and len(first) < NET_HDR_SIZE + _START)
-        ):
+        usual = self._usual
+        run, at = usual.run, usual.used
+        memory, start = run.memory, run.addresses[at] - run.base
+        header = bytes(memory[start : start + 2])
+        if header not in self._as_is:
             self._commit_as_chains(length)
             return
+        payload = length - NET_HDR_SIZE
         if self.wants is not None and not self.wants(
-            bytes(first[NET_HDR_SIZE : min(length, NET_HDR_SIZE + _START)])
+            bytes(memory[start + NET_HDR_SIZE : start + min(length, NET_HDR_SIZE + _START)])
         ):
             self._drop("filtered")
             return
         if self._over_mtu(header, payload):
             return
-        self._expect(payload)
-        last = bisect_left(ends, length)
-        first[10:NET_HDR_SIZE] = (last + 1).to_bytes(2, "little")
-        written = run.lengths[: last + 1]
-        written[last] -= ends[last] - length
-        self._use_run(written, payload, frames=1)
+        written = usual.spread(length) if length > run.lengths[at] else (length,)
+        if written is None:
+            self._commit_as_chains(length)
+            return
+        _NUM_BUFFERS.pack_into(memory, start + 10, len(written))  # 5.1.6.4
+        usual.use(written)
+        self._count(payload)
 
     def _commit_as_chains(self, length: int) -> None:
-        """A frame that stands in the first buffers of the run, and perhaps in the spill."""
-        gathered = self._gathered
-        self._leave_run()
-        buffers = [view for chain in self._chains[:gathered] for view in chain.writable]
+        """A frame that stands in the first buffers not used yet, and perhaps in the spill."""
+        lent = self._usual.lent
+        self._leave_usual()
+        buffers = [view for chain in self._chains[:lent] for view in chain.writable]
         views = [*buffers, self._spill]
         header = copy_range(views, 0, NET_HDR_SIZE)
         self._views = cut(views, NET_HDR_SIZE)
+        self._gathered = lent
         self._room = sum(map(len, buffers)) - NET_HDR_SIZE
         self._first_room = len(buffers[0]) - NET_HDR_SIZE
         self.commit(header, length - NET_HDR_SIZE)
 
-    def _uses_run(self) -> bool:
-        """Whether the buffers are held in a run, after taking some if none are held."""
-        if self.private or self._pending or self._chains:
+    def _holds_usual(self) -> bool:
+        """Whether there are usual buffers to use; takes or finds some if none are held."""
+        if self.private or self._pending:
             return False
-        if self._run:
+        if len(self._usual):
             return True
-        self._flush_chains()  # the older ones first
-        return bool(self._run.pop(_REFILL))
+        if self._chains:
+            self._detour -= 1
+            if self._detour > 0 or not self._shortest:
+                return False
+            self._detour = _DETOUR
+        self._give_back()  # the older ones first
+        if not self._chains:
+            return bool(self._usual.run.pop(_REFILL))
+        if not self._usual.run.adopt(self._chains):
+            return False
+        self._chains = []
+        return True
 
-    def _use_run(self, written: Sequence[int], payload: int, *, frames: int) -> None:
-        """The first buffers are used by frames that stand in them already."""
-        self._run.give_back(written)
-        self._given_back = True
-        self._stats["rx_frames"] += frames
-        self._stats["rx_bytes"] += payload
-
-    def _leave_run(self) -> None:
+    def _leave_usual(self) -> None:
         """Goes over to chains."""
-        if self._run:
-            self._keep(self._run.to_chains())
+        self._usual.give_back()
+        if len(self._usual):
+            self._detour = _DETOUR
+            self._keep(self._usual.to_chains())
 
-    def _flush_chains(self) -> None:
+    def _give_back(self) -> None:
+        """Writes the used elements of the buffers that were filled."""
+        self._usual.give_back()
         if self._finished:
             finished, self._finished = self._finished, []
             self._ring.write_used_burst(finished)
@@ -306,26 +315,27 @@ class ReceiveWindow:
         """Takes a private frame that has passed the filters, and does what the guest does not
         take undone. It is placed as soon as there is room.
         """
-        self._leave_run()
+        self._leave_usual()
         self._finish(frame)
         if not self._place_pending():
             self.starved = True
 
     def flush(self) -> bool:
         """Writes the used elements of the buffers that were filled; whether there were any."""
-        self._flush_chains()
-        given_back, self._given_back = self._given_back, False
+        self._give_back()
+        given_back = self._given_back or self._usual.given_back
+        self._given_back = self._usual.given_back = False
         return given_back
 
     def retry(self) -> None:
         """The guest made buffers available: places what waits for them."""
         if self._pending:
-            self._leave_run()
+            self._leave_usual()
         self.starved = bool(self._pending) and not self._place_pending()
 
     def put_back(self) -> None:
         """Gives the unused buffers back to the ring, for whoever works on it later."""
-        self._leave_run()
+        self._leave_usual()
         self._ring.undo_pop(self._chains)
         self._chains.clear()
 
@@ -503,6 +513,101 @@ class ReceiveWindow:
 
     def _drop(self, reason: str) -> None:
         self._stats["rx_dropped: " + reason] += 1
+
+
+class _UsualBuffers:
+    """Receive buffers of the usual kind: held in a run, and shown to the kernel as vectors.
+
+    Frames stand in the first `used` of them, which the ring gets back all at once.
+    """
+
+    def __init__(self, ring: SplitRing, spill: memoryview) -> None:
+        self.run = Run(ring, writable=True)
+        self.used = 0
+        self.lent = 0
+        """How many were lent for the next frame, from the first not used."""
+        self.given_back = False
+        """Whether used elements were written; for the window to set back."""
+        self._written: list[int] = []
+        self._spill = spill
+        self._spill_place = [address_of(spill)], [len(spill)]
+        self._vectors = IoVectors(_VECTORS)
+        self._first = 0  # the vector of the run's first buffer
+        self._shown = 0  # buffers that have a vector; the spill's is behind them
+
+    def __len__(self) -> int:
+        return len(self.run.heads) - self.used
+
+    def lend(self, room: int) -> tuple[IoVectors, int, int] | None:
+        """Vectors for `room` bytes; the spill is among them where buffers are too few for that.
+
+        None when the buffers are too short for this way.
+        """
+        run = self.run
+        if run.shortest < _SHORTEST:
+            return None
+        wanted = min(1 + room // run.shortest, _MOST_LENT)
+        held = len(run.heads)
+        if self.used + wanted > held:
+            run.pop(_REFILL)
+            held = len(run.heads)
+        if held > self._shown:
+            self._show()
+        self.lent = min(wanted, len(run.heads) - self.used)
+        return self._vectors, self._first + self.used, self.lent + (self.lent < wanted)
+
+    def spread(self, length: int) -> list[int] | None:
+        """The bytes in each buffer of a frame that fills several; None if there are too few.
+
+        What stands in the spill is copied to where it belongs.
+        """
+        run, at = self.run, self.used
+        ends = list(accumulate(run.lengths[at : at + self.lent]))
+        if length > ends[-1]:
+            spilled = length - ends[-1]
+            more = run.lengths[at + self.lent :]
+            while sum(more) < spilled:
+                if not run.pop(_REFILL):
+                    return None
+                more = run.lengths[at + self.lent :]
+            ends += accumulate(more, initial=ends.pop())
+            last = bisect_left(ends, length)
+            places = [run.view(index) for index in range(at + self.lent, at + last + 1)]
+            scatter((self._spill[:spilled],), places)
+        else:
+            last = bisect_left(ends, length)
+        written = run.lengths[at : at + last + 1]
+        written[last] -= ends[last] - length  # all but the last are full (5.1.6.4.1)
+        return written
+
+    def use(self, written: Sequence[int]) -> None:
+        """Frames stand in the next buffers, so many bytes in each."""
+        self.used += len(written)
+        self._written += written
+
+    def give_back(self) -> None:
+        """Writes the used elements."""
+        if self.used:
+            self.run.give_back(self._written)
+            self._first += self.used
+            self._shown = max(0, self._shown - self.used)
+            self.used, self._written, self.given_back = 0, [], True
+
+    def to_chains(self) -> list[Chain]:
+        """Goes over to chains. All used ones were given back."""
+        self._shown = 0
+        return self.run.to_chains()
+
+    def _show(self) -> None:
+        """Gives each buffer its vector."""
+        run = self.run
+        if not self._shown or self._first + len(run) >= _VECTORS:
+            self.give_back()
+            self._first = self._shown = 0
+        place = self._first + self._shown
+        self._vectors.put(place, run.addresses[self._shown :], run.lengths[self._shown :])
+        self._shown = len(run)
+        self._vectors.put(self._first + self._shown, *self._spill_place)
 
 
 def _all_zero(column: memoryview) -> bool:

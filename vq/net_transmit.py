@@ -32,6 +32,8 @@ The pieces are views of guest memory, whose bytes may change between two looks a
 """
 MOST_AT_ONCE = 64
 """Frames that `send_plain` looks at together."""
+_DETOUR = 64
+"""Bursts that go the plain way before the short one is tried again."""
 _ETHERNET = 14
 _LOOKED_AT = 4
 """Bytes of the net header in which nothing is found when nothing is undone."""
@@ -71,6 +73,12 @@ class FrameMaker:
         self._link = link
         self._responders = tuple(responders)
         self._stats = stats
+        self._detour = 0  # bursts for which the plain way is kept to
+
+    def takes_short_way(self) -> bool:
+        """Whether `send_plain` is worth a try: not soon again where it was not."""
+        self._detour -= 1
+        return self._detour < 0
 
     def send_plain(self, run: Run, outbox: Outbox) -> int:
         """Sends the frames of a run, if all are short and leave nothing undone, and nobody has to
@@ -80,6 +88,7 @@ class FrameMaker:
         """
         lengths = run.lengths
         total = sum(lengths)
+        self._detour = _DETOUR  # until all goes well
         if (
             self._responders
             or self.locked_mac is not None
@@ -90,6 +99,7 @@ class FrameMaker:
         frames = outbox.take(run.addresses, lengths, total)
         if not _nothing_undone(frames, lengths, total):
             return 0
+        self._detour = 0
         sent = outbox.send(lengths)
         self._stats["tx_frames"] += sent
         done = total if sent == len(lengths) else sum(lengths[:sent])

@@ -44,7 +44,7 @@ from vq.abi import (
     ring_layout,
 )
 from vq.errors import AddressError, DriverError, UsageError
-from vq.memory import GuestMemory, fence, order_loads, order_stores
+from vq.memory import GuestMemory, address_of, fence, order_loads, order_stores
 
 __all__ = ["Chain", "InflightLog", "Run", "SplitRing"]
 
@@ -781,7 +781,7 @@ class Run:
         self._ring = ring
         self._flag = DESC_F_WRITE if writable else 0
         self._region = ring._window
-        self._base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
+        self.base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -789,18 +789,18 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run of {len(self)}>"
 
-    def pop(self, limit: int) -> int:
+    def pop(self, limit: int, *, least: int = 1) -> int:
         """Takes up to `limit` more chains; returns how many.
 
-        None when there is none, and when one of the next few is not of the usual kind. Raises
-        `DriverError` when the available index is impossible.
+        None when there are fewer than `least`, and when one of the next few is not of the usual
+        kind. Raises `DriverError` when the available index is impossible.
         """
         ring = self._ring
         if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
             return 0
         slot = ring._next_avail & (ring.size - 1)
         count = min(ring._waiting(), limit, ring.size - slot)
-        if count <= 0:
+        if count < least:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
         heads = ring._avail_words[2 + slot : 2 + slot + count].tolist()
@@ -838,17 +838,45 @@ class Run:
             self._mark_dirty(written)
         del self.addresses[:count], self.lengths[:count]
 
+    @property
+    def memory(self) -> memoryview:
+        """All bytes of the region that the buffers lie in; the first is at `base`."""
+        return self._region[2]
+
     def view(self, index: int) -> memoryview:
         """The buffer of the chain at this place."""
-        offset = self.addresses[index] - self._base
+        offset = self.addresses[index] - self.base
         return self._region[2][offset : offset + self.lengths[index]]
+
+    def adopt(self, chains: Sequence[Chain]) -> bool:
+        """The way back from `to_chains`, if all of the chains are of the usual kind.
+
+        They are outstanding, and the run holds nothing. False leaves everything as it is.
+        """
+        ring = self._ring
+        if self.heads or not chains or (ring._in_order and list(ring._order) != chains):
+            return False
+        buffers = [chain.writable if self._flag else chain.readable for chain in chains]
+        if not all(len(views) == 1 for views in buffers) or _BIG_ENDIAN:
+            return False
+        addresses = [address_of(views[0]) for views in buffers]
+        lengths = [len(views[0]) for views in buffers]
+        end = self.base + self._region[1]
+        if min(addresses) < self.base or max(map(add, addresses, lengths)) > end:
+            return False
+        self.heads = [chain.head for chain in chains]
+        self.addresses, self.lengths, self.shortest = addresses, lengths, min(lengths)
+        for head in self.heads:
+            ring._outstanding[head] = self
+        ring._order.clear()
+        return True
 
     def to_chains(self) -> list[Chain]:
         """Goes over to chains: they are outstanding in place of what the run held."""
         ring, view = self._ring, self._region[2]
         chains: list[Chain] = []
         for head, address, length in zip(self.heads, self.addresses, self.lengths, strict=True):
-            offset = address - self._base
+            offset = address - self.base
             buffer = (view[offset : offset + length],)
             chain = Chain(head, _NO_VIEWS, buffer) if self._flag else Chain(head, buffer, _NO_VIEWS)
             ring._outstanding[head] = chain
@@ -894,7 +922,7 @@ class Run:
         ):
             return False
         self.shortest = min(shortest, self.shortest) if self.heads else shortest
-        shift = self._base - self._region[0]
+        shift = self.base - self._region[0]
         self.addresses += [address + shift for address in addresses]
         self.lengths += lengths
         if in_turn:
@@ -915,11 +943,11 @@ class Run:
             base, size, _ = self._region = self._ring._window_at(start)
         except AddressError:
             return False
-        self._base = self._ring.memory.hvaddr(base)
+        self.base = self._ring.memory.hvaddr(base)
         return end <= base + size
 
     def _mark_dirty(self, written: Sequence[int]) -> None:
-        shift = self._region[0] - self._base
+        shift = self._region[0] - self.base
         for address, count in zip(self.addresses, written, strict=False):
             if count:
                 self._ring.memory.mark_dirty(address + shift, count)

@@ -29,7 +29,7 @@ from typing import TypeVar, cast
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
-from vq.gather import IoVectors, Slab
+from vq.gather import Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
@@ -180,7 +180,6 @@ class LinuxTapPort(Port):
         self._truncated = truncated
         self._header = bytearray(NET_HDR_SIZE)
         self._beyond = bytearray(1)
-        self._pieces = IoVectors(IOV_MAX)
         self._likely = _FEW
         self.longest = MAX_FRAME
         """The longest frame that is expected, in bytes."""
@@ -240,18 +239,19 @@ class LinuxTapPort(Port):
         """
         if not self.active:
             return 0
-        by_places = hasattr(room, "lend_apart")
-        if by_places:
-            moved = self._read_apart(cast(PlacesRoom, room), limit)
-            if moved is not None:
-                return moved
+        lend_together = None
+        if hasattr(room, "lend_apart"):
+            moved_apart = self._read_apart(cast(PlacesRoom, room), limit)
+            if moved_apart is not None:
+                return moved_apart
+            lend_together = cast(PlacesRoom, room).lend_together
+            commit_together = cast(PlacesRoom, room).commit_together
         moved = 0
         try:
             while moved < limit:
-                if by_places and (places := cast(PlacesRoom, room).lend_together()) is not None:
-                    self._pieces.fill(*places)
-                    length = self._pieces.read(self._fd, len(places[0]))
-                    cast(PlacesRoom, room).commit_together(length)
+                if lend_together and (places := lend_together(self.longest)):
+                    vectors, first, count = places
+                    commit_together(vectors.read(self._fd, first, count))
                     moved += 1
                     continue
                 views = room.views()
