@@ -61,6 +61,7 @@ DEFAULT_MAC = bytes.fromhex("fee1bad1bad1")
 """A locally administered unicast address, for devices whose maker did not choose one."""
 MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
+_NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
@@ -448,11 +449,13 @@ class NetDevice(Device):
             return False
         ring.disable_kicks()
         for _ in range(BURSTS_PER_TURN):
-            chains, sent = self._send_plain(queue, ring)
-            if sent:
-                self.publish(queue)
-                if not self._holds(queue, ring):
-                    return False
+            chains, sent = _NONE_TAKEN
+            if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
+                chains, sent = self._send_plain(queue, ring)
+                if sent:
+                    self.publish(queue)
+                    if not self._holds(queue, ring):
+                        return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
             if chains:
@@ -478,18 +481,18 @@ class NetDevice(Device):
                 ring.disable_kicks()
         return True
 
-    def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[list[Chain], int]:
+    def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
         """Sends a burst of short frames that leave nothing undone, if that is what comes next.
 
         Returns chains that it took and did not send, in their order, and how many frames it sent.
         """
         port_index = self._port_index(queue)
         outbox = self.link.ports[port_index].outbox
-        if outbox is None or port_index in self._broken or not self._frame_maker.takes_short_way():
-            return [], 0
+        if outbox is None or port_index in self._broken:
+            return _NONE_TAKEN
         run = Run(ring, writable=False)
-        if not run.pop(MOST_AT_ONCE, least=_WORTH_A_BATCH):
-            return [], 0
+        if not run.pop(MOST_AT_ONCE):
+            return _NONE_TAKEN
         try:
             sent = self._frame_maker.send_plain(run, outbox)
         except OSError as error:

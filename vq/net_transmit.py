@@ -44,7 +44,7 @@ _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meanin
 class Burst:
     """A burst of chains turned into frames."""
 
-    __slots__ = ("answers", "dropped", "fault", "frames", "owners")
+    __slots__ = ("answers", "dropped", "fault", "frames", "owners", "size")
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -52,6 +52,8 @@ class Burst:
         """For each frame the chain that is done with it: None for all but the last segment."""
         self.dropped: list[Chain] = []
         """Chains of which nothing goes to the link."""
+        self.size = 0
+        """Bytes in the frames, net headers not counted."""
         self.answers: list[bytes] = []
         """Frames for the guest, from responders."""
         self.fault: DriverError | None = None
@@ -73,6 +75,7 @@ class FrameMaker:
         self._link = link
         self._responders = tuple(responders)
         self._stats = stats
+        self._judged = (Offload.NONE, Offload.NONE, False)
         self._detour = 0  # bursts for which the plain way is kept to
 
     def takes_short_way(self) -> bool:
@@ -166,6 +169,10 @@ class FrameMaker:
             checked = check_frame(frame, sum(map(len, frame[1:])), self.allowed)
             if self._responders and self._answered(burst, chain, checked):
                 return
+            if self._link_does_all():
+                burst.frames.append(checked)
+                burst.owners.append(chain)
+                return
             finished = finish(checked, self._link.accepts)
         except HeaderLie as lie:
             self._drop(burst, chain, lie.reason)
@@ -173,6 +180,14 @@ class FrameMaker:
         burst.frames += finished
         burst.owners += [None] * (len(finished) - 1)
         burst.owners.append(chain)
+
+    def _link_does_all(self) -> bool:
+        """Whether the link takes undone all that the guest may leave undone."""
+        judged = self._judged  # to compare flags costs more than all the rest
+        if judged[0] is not self.allowed or judged[1] is not self._link.accepts:
+            allowed, accepts = self.allowed, self._link.accepts
+            self._judged = judged = (allowed, accepts, not allowed & ~accepts)
+        return judged[2]
 
     def _answered(self, burst: Burst, chain: Chain, frame: Frame) -> bool:
         """Whether a responder answers a frame; then that is all that becomes of it."""
