@@ -1,5 +1,6 @@
 # POSIX make: GNU make and the BSDs' make both run it.
 .POSIX:
+.PHONY: help demo test lint docs bench clean
 
 PYTHON = python3
 VENV = .venv
@@ -10,6 +11,7 @@ help:
 	@echo "make demo    run a guest's traffic through vq and show what happened"
 	@echo "make test    run the tests"
 	@echo "make lint    linter, formatter and type checker, for every platform"
+	@echo "make docs    build the documentation, into build/docs"
 	@echo "make bench   measure the rings"
 	@echo "make clean   remove what the others made"
 
@@ -30,6 +32,9 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	for platform in $(PLATFORMS); do $(BIN)/mypy --platform $$platform || exit 1; done
+
+docs: $(VENV)/docs.done
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 bench: $(VENV)/run.done
 	$(BIN)/vq bench ring
@@ -52,3 +57,7 @@ $(VENV)/test.done: $(VENV)/python.done pyproject.toml
 $(VENV)/dev.done: $(VENV)/python.done pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ $(VENV)/test.done $(VENV)/run.done
+
+$(VENV)/docs.done: $(VENV)/python.done pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@ $(VENV)/run.done

@@ -7,12 +7,12 @@ user's rights decide cannot be installed, and still skips.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 
 import pytest
-from net_world import both_ways
 
-__all__ = ["both_ways"]
+from vq.testing.transports import TRANSPORTS
 
 REQUIRED = os.environ.get("VQ_REQUIRE", "0") not in ("", "0")
 NOT_TO_BE_INSTALLED = (
@@ -34,3 +34,16 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"VQ_REQUIRE is set, but: {reason}"
     return report
+
+
+@pytest.fixture(scope="module", params=(*TRANSPORTS, "direct, frames by address"))
+def over(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests once for each way from a guest to its net device, and once for the
+    short way that frames may take from there; what comes out must be the same.
+    """
+    from net_world import World, frames_by_address
+
+    World.over, _, by_address = request.param.partition(", ")
+    with frames_by_address() if by_address else nullcontext():
+        yield World.over
+    World.over = "direct"

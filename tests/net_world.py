@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import pytest
@@ -19,6 +20,7 @@ from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
 from vq.offload import ALL, Offload
+from vq.testing.transports import connect
 
 VERSION_1 = 1 << Feature.VERSION_1
 OUR_MAC = bytes.fromhex("020000000003")
@@ -37,15 +39,12 @@ def ethernet(payload: bytes, *, to: bytes = OUR_MAC, source: bytes = OTHER_MAC) 
     return to + source + b"\x88\xb5" + payload
 
 
-@pytest.fixture(scope="module", params=["by views", "by address"])
-def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Has the module's tests run twice: frames go the plain way, and the short way where they can.
-
-    What comes out must be the same.
-    """
+@contextmanager
+def frames_by_address() -> Iterator[None]:
+    """Frames go the short way wherever they can, as with a real port that has an outbox."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScriptedPort, "by_address", request.param == "by address")
-        patch.setattr("vq.net._WORTH_A_BATCH", 1)  # whenever it can
+        patch.setattr(ScriptedPort, "by_address", True)
+        patch.setattr("vq.net._WORTH_A_BATCH", 1)
         patch.setattr("vq.net_receive._DETOUR", 0)
         patch.setattr("vq.net_transmit._DETOUR", 0)
         yield
@@ -203,10 +202,13 @@ class World:
         options.setdefault("mac", OUR_MAC)
         self.device = NetDevice(self.link, memory=memory, **options)  # type: ignore[arg-type]
 
+    over = "direct"
+    """The transport, one of `vq.testing.transports.TRANSPORTS`."""
+
     def drive(self, wanted: int = -1, **options: object) -> NetDriver:
         options.setdefault("timeout", 1.0)
         return NetDriver(
-            self.device,
+            connect(self.device, self.over),
             self.memory,
             wanted,
             **options,  # type: ignore[arg-type]
@@ -230,7 +232,7 @@ class RawGuest:
     ) -> None:
         self.device = device
         self.memory = memory
-        self.driver = Driver(device, memory, wanted, queue_size=queue_size)
+        self.driver = Driver(connect(device, World.over), memory, wanted, queue_size=queue_size)
         self.driver.probe()
 
     def ring(self, index: int) -> DriverRing:

@@ -751,6 +751,7 @@ class Oops(Exception):
         ("written", lambda bench: bench.device.notify(0)),
         ("queue_dropped", lambda bench: bench.device.reset_queue(0)),
         ("queue_started", lambda bench: bench.setup(0)),
+        ("queue_stopping", lambda bench: bench.device.stop_queue(0)),
     ],
 )
 @pytest.mark.parametrize("kind", [Oops, OSError, UsageError, AssertionError, DriverError])

@@ -1,7 +1,15 @@
-"""Every command and snippet in the documentation works."""
+"""Every command and snippet in the documentation works.
+
+The blocks of a page are run one after the other in a directory of the page's own. A Python block
+whose first line is a comment with the name of a file is saved there first, as the reader is told
+to do; one that is named like a test is run by pytest. In a console block the lines with a ``$`` are
+commands. Commands in indented text need a guest or a tap: their options are checked here, and what
+they do is tested in tests/guests.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,51 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from vq import cli
+from vq import cli, serve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SECONDS = 100
 
-
-def blocks(kind: str) -> list[tuple[str, str]]:
-    return [
-        (f"{page.relative_to(ROOT)}:{number}", text)
-        for page in PAGES
-        for number, text in enumerate(re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.S))
-    ]
-
-
-SNIPPETS = blocks("python")
-COMMANDS = [
-    (f"{place}: {line}", line.removeprefix("$ "))
-    for place, text in blocks("console")
-    for line in text.splitlines()
-    if line.startswith("$ ")
-]
-
-
-@pytest.mark.parametrize("text", [text for _, text in SNIPPETS], ids=[name for name, _ in SNIPPETS])
-def test_a_snippet_runs(text: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("line", [line for _, line in COMMANDS], ids=[name for name, _ in COMMANDS])
-def test_a_command_works(line: str, tmp_path: Path) -> None:
-    program, *words = shlex.split(line)
-    assert program == "vq"
-    done = subprocess.run(
-        [sys.executable, "-m", "vq", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-
-
+BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.M | re.S)
 INDENTED = [
     (f"{page.relative_to(ROOT)}: {line}", line)
     for page in PAGES
@@ -62,11 +32,46 @@ INDENTED = [
 ]
 
 
+def run(argv: list[str], directory: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)])}
+    done = subprocess.run(
+        argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, f"{shlex.join(argv)}\n{done.stdout}\n{done.stderr}"
+
+
+def run_python(text: str, directory: Path) -> None:
+    named = re.match(r"# ([\w.]+\.py)\n", text)
+    if named is None:
+        run([sys.executable, "-c", text], directory)
+        return
+    name = named[1]
+    (directory / name).write_text(text)
+    pytest_options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    how = ["-m", "pytest", *pytest_options] if name.startswith("test_") else []
+    run([sys.executable, *how, str(directory / name)], directory)
+
+
+def run_console(text: str, directory: Path) -> None:
+    for line in re.findall(r"^\$ (.*)$", text, re.M):
+        program, *words = shlex.split(line)
+        assert program in ("vq", "python"), line
+        run([sys.executable, *(["-m", "vq"] if program == "vq" else []), *words], directory)
+
+
+@pytest.mark.timeout(5 * SECONDS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_shows_works(page: Path, tmp_path: Path) -> None:
+    for kind, text in BLOCK.findall(page.read_text()):
+        (run_python if kind == "python" else run_console)(text, tmp_path)
+
+
 @pytest.mark.parametrize("line", [line for _, line in INDENTED], ids=[name for name, _ in INDENTED])
 def test_a_command_that_needs_a_guest_has_options_that_exist(line: str) -> None:
-    """What these do is tested with real guests, in tests/guests."""
-    words = shlex.split(line, comments=True)[1:]
-    cli._parser(words[0]).parse_args(words)
+    words = cli.join_option_values(shlex.split(line, comments=True)[1:])
+    arguments = cli.parser(words[0]).parse_args(words)
+    if words[0] == "serve" and ":" not in arguments.device:
+        serve.parse(arguments.device, arguments.options)
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -80,3 +85,12 @@ def test_the_files_that_the_readme_names_exist() -> None:
     table = text[text.index("## Where things are") : text.index("## Rules that vq keeps")]
     for name in re.findall(r"`(\w+(?:\.py|/))`", table):
         assert name == "vq/" or (ROOT / "vq" / name).exists(), name
+
+
+def test_the_pictures_show_what_the_code_does(tmp_path: Path) -> None:
+    script = (ROOT / "docs" / "pictures.py").read_text()
+    (tmp_path / "pictures.py").write_text(script)
+    run([sys.executable, "pictures.py"], tmp_path)
+    for drawn in (tmp_path / "pictures").iterdir():
+        kept = ROOT / "docs" / "pictures" / drawn.name
+        assert drawn.read_text() == kept.read_text(), "run `python docs/pictures.py`"

@@ -34,7 +34,7 @@ from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_driver import Layout, NetDriver, NetHeader
 from vq.offload import ALL, Offload
 
-pytestmark = pytest.mark.usefixtures("both_ways")
+pytestmark = pytest.mark.usefixtures("over")
 
 FRAME = ethernet(bytes(range(46)), to=OTHER_MAC, source=OUR_MAC)
 ALL_HOST = ("CSUM", "HOST_TSO4", "HOST_TSO6", "HOST_ECN", "HOST_USO")
@@ -193,7 +193,7 @@ def test_the_link_starts_down_when_it_has_no_carrier(memory: GuestMemory) -> Non
 
 
 @pytest.fixture(scope="module")
-def plain_world() -> Iterator[tuple[World, NetDriver]]:
+def plain_world(over: str) -> Iterator[tuple[World, NetDriver]]:
     with GuestMemory.allocate(16 << 20) as memory:
         world = World(memory)
         yield world, world.drive(queue_size=64)

@@ -35,6 +35,8 @@ from vq.memory import GuestMemory
 from vq.net_driver import HEADER_APART, ONE_PIECE, Layout, NetDriver
 from vq.offload import Offload
 
+pytestmark = pytest.mark.usefixtures("over")
+
 OK, ERR = 0, 1
 FRAME = ethernet(bytes(46))
 CONTROLS = (

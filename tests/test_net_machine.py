@@ -12,6 +12,7 @@ from vq.abi import CtrlRx, Feature, NetFeature
 from vq.link import LoopbackLink, QueuePort, link_pair
 from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetDriver, NetHeader
+from vq.testing.transports import TRANSPORTS
 
 OPTIONAL = (
     *("MRG_RXBUF", "EVENT_IDX", "INDIRECT_DESC", "IN_ORDER", "RING_RESET", "CSUM", "GUEST_CSUM"),
@@ -91,6 +92,7 @@ class Guests(RuleBasedStateMachine):
 
     @initialize(
         pair=st.booleans(),
+        over=st.sampled_from(TRANSPORTS),
         limit=st.sampled_from((1, 5, 1024)),
         wanted=st.tuples(wanted_sets, wanted_sets),
         shape=st.tuples(shapes, shapes),
@@ -98,6 +100,7 @@ class Guests(RuleBasedStateMachine):
     def plug_in(
         self,
         pair: bool,
+        over: str,
         limit: int,
         wanted: tuple[int, int],
         shape: tuple[dict[str, object], dict[str, object]],
@@ -107,7 +110,9 @@ class Guests(RuleBasedStateMachine):
             self.memories.append(GuestMemory.allocate((0x1000, 2 << 20), (0x10000000, 2 << 20)))
             port = link.ports[0]
             assert isinstance(port, QueuePort)
-            self.sides.append(Side(World(self.memories[-1], link), port))
+            world = World(self.memories[-1], link)
+            world.over = over
+            self.sides.append(Side(world, port))
         for number, side in enumerate(self.sides):
             side.bring_up(wanted[number], shape[number])
 

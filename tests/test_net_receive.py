@@ -32,7 +32,7 @@ from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetHeader
 from vq.offload import Offload
 
-pytestmark = pytest.mark.usefixtures("both_ways")
+pytestmark = pytest.mark.usefixtures("over")
 
 FRAME = ethernet(bytes(range(46)))
 MRG = features("MRG_RXBUF")

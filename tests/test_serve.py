@@ -732,8 +732,8 @@ def test_the_guests_traffic_survives_a_killed_server(
     [
         ([], "give one --socket"),
         (["--socket=a", "--socket=b"], "give one --socket"),
-        (["--socket=a", "--link=pair"], "--link pair takes two --socket"),
-        (["--socket=a", "--fd=5"], "--fd goes without"),
+        (["--socket=a", "--link=pair"], "give 2 --socket, one a device"),
+        (["--socket=a", "--fd=5"], "--fd is for one device, and goes without"),
         (
             ["--socket=a", "--socket=b", "--link=pair", "--local-dhcp=10.0.0.1/10.0.0.0"],
             "one guest",

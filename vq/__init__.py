@@ -3,7 +3,7 @@
 The names here are what most programs need; everything else is in the modules, one job each:
 
 * a guest's RAM and its virtqueues: `vq.memory`, `vq.split_ring`, `vq.abi`
-* device models: `vq.device`, `vq.net`
+* device models: `vq.model` and `vq.request` to write your own, `vq.net`, `vq.devices`
 * what a net device is plugged into: `vq.link`, `vq.tap`, `vq.stream`, `vq.pcap_link`
 * the guest's side, for tests: `vq.driver`, `vq.net_driver`
 """
@@ -20,9 +20,11 @@ from vq.errors import (
 )
 from vq.link import Link, LoopbackLink, NullLink, Port, link_pair
 from vq.memory import GuestMemory, Region
+from vq.model import DeviceModel
 from vq.net import NetDevice
 from vq.net_driver import NetDriver
 from vq.offload import Offload
+from vq.request import Request
 from vq.split_ring import Chain, SplitRing
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Chain",
     "Device",
     "DeviceError",
+    "DeviceModel",
     "Driver",
     "DriverError",
     "DriverRing",
@@ -45,6 +48,7 @@ __all__ = [
     "Port",
     "Queue",
     "Region",
+    "Request",
     "SplitRing",
     "UsageError",
     "VqError",

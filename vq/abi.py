@@ -1,4 +1,4 @@
-"""virtio's numbers: feature bits, status bits, structures and the layout of a split virtqueue.
+"""virtio's numbers: features, status, structures, registers, and the layout of a split virtqueue.
 
 Everything here stands in the virtio 1.3 specification; the section is cited beside it. Structures
 are little-endian whatever the processor (virtio 1.3, 1.4), and their sizes are asserted at import.
@@ -25,9 +25,16 @@ __all__ = [
     "DESC_F_NEXT",
     "DESC_F_WRITE",
     "MAX_QUEUE_SIZE",
+    "MMIO_CONFIG",
+    "MMIO_MAGIC",
+    "MMIO_VERSION",
+    "MSIX_ENTRY_SIZE",
     "NET_HDR",
     "NET_HDR_GSO_ECN",
     "NET_HDR_SIZE",
+    "NO_VECTOR",
+    "PCI_MODERN_DEVICE_ID",
+    "PCI_VENDOR_ID",
     "USED_ALIGN",
     "USED_F_NO_NOTIFY",
     "CtrlAnnounce",
@@ -41,12 +48,24 @@ __all__ = [
     "Feature",
     "HdrFlag",
     "HdrGso",
+    "Interrupt",
+    "MmioRegister",
+    "MsixControl",
     "NetConfig",
     "NetFeature",
     "NetStatus",
+    "PciCapability",
+    "PciCommand",
+    "PciRegister",
+    "PciStatus",
     "RingLayout",
     "Status",
     "VirtioNetHdr",
+    "VirtioPciCap",
+    "VirtioPciCfgCap",
+    "VirtioPciCommonCfg",
+    "VirtioPciNotifyCap",
+    "VirtioPciStructure",
     "VringAvailHeader",
     "VringDesc",
     "VringUsedElem",
@@ -249,6 +268,192 @@ def needs_event(event: int, new: int, old: int) -> bool:
     return index_distance(new, event + 1) < index_distance(new, old)
 
 
+# --- registers of both transports (virtio 1.3, 4.1 and 4.2) --------------------------------------
+
+
+class Interrupt(enum.IntFlag):
+    """Why the device interrupts: PCI's ISR status (virtio 1.3, 4.1.4.5), mmio's (4.2.2)."""
+
+    QUEUE = 1
+    CONFIG = 2
+
+
+# --- virtio over MMIO (virtio 1.3, 4.2) ----------------------------------------------------------
+
+
+class MmioRegister(enum.IntEnum):
+    """Offsets of the control registers, 32 bits wide (virtio 1.3, 4.2.2)."""
+
+    MAGIC_VALUE = 0x000
+    VERSION = 0x004
+    DEVICE_ID = 0x008
+    VENDOR_ID = 0x00C
+    DEVICE_FEATURES = 0x010
+    DEVICE_FEATURES_SEL = 0x014
+    DRIVER_FEATURES = 0x020
+    DRIVER_FEATURES_SEL = 0x024
+    QUEUE_SEL = 0x030
+    QUEUE_SIZE_MAX = 0x034
+    QUEUE_SIZE = 0x038
+    QUEUE_READY = 0x044
+    QUEUE_NOTIFY = 0x050
+    INTERRUPT_STATUS = 0x060
+    INTERRUPT_ACK = 0x064
+    STATUS = 0x070
+    QUEUE_DESC_LOW = 0x080
+    QUEUE_DESC_HIGH = 0x084
+    QUEUE_DRIVER_LOW = 0x090
+    QUEUE_DRIVER_HIGH = 0x094
+    QUEUE_DEVICE_LOW = 0x0A0
+    QUEUE_DEVICE_HIGH = 0x0A4
+    SHM_SEL = 0x0AC
+    SHM_LEN_LOW = 0x0B0
+    SHM_LEN_HIGH = 0x0B4
+    SHM_BASE_LOW = 0x0B8
+    SHM_BASE_HIGH = 0x0BC
+    QUEUE_RESET = 0x0C0
+    CONFIG_GENERATION = 0x0FC
+
+
+MMIO_CONFIG = 0x100
+"""Where the device's configuration space begins (virtio 1.3, 4.2.2)."""
+MMIO_MAGIC = 0x74726976  # "virt"
+MMIO_VERSION = 2
+
+
+# --- virtio over PCI (virtio 1.3, 4.1) -----------------------------------------------------------
+
+PCI_VENDOR_ID = 0x1AF4  # virtio 1.3, 4.1.2
+PCI_MODERN_DEVICE_ID = 0x1040
+"""A device's PCI device ID is this plus its type (virtio 1.3, 4.1.2)."""
+NO_VECTOR = 0xFFFF  # virtio 1.3, 4.1.5.1.2
+MSIX_ENTRY_SIZE = 16
+"""An entry of the MSI-X table: u32 address low, address high, data, control (bit 0: masked)."""
+
+
+class VirtioPciStructure(enum.IntEnum):
+    """`virtio_pci_cap.cfg_type` (virtio 1.3, 4.1.4)."""
+
+    COMMON = 1
+    NOTIFY = 2
+    ISR = 3
+    DEVICE = 4
+    PCI_CFG = 5
+    SHARED_MEMORY = 8
+    VENDOR = 9
+
+
+class VirtioPciCap(ctypes.LittleEndianStructure):
+    """`struct virtio_pci_cap`, 16 bytes (virtio 1.3, 4.1.4)."""
+
+    _fields_ = (
+        ("cap_vndr", ctypes.c_uint8),
+        ("cap_next", ctypes.c_uint8),
+        ("cap_len", ctypes.c_uint8),
+        ("cfg_type", ctypes.c_uint8),
+        ("bar", ctypes.c_uint8),
+        ("id", ctypes.c_uint8),
+        ("padding", ctypes.c_uint8 * 2),
+        ("offset", ctypes.c_uint32),
+        ("length", ctypes.c_uint32),
+    )
+
+
+class VirtioPciNotifyCap(ctypes.LittleEndianStructure):
+    """`struct virtio_pci_notify_cap`, 20 bytes (virtio 1.3, 4.1.4.4)."""
+
+    _fields_ = (("cap", VirtioPciCap), ("notify_off_multiplier", ctypes.c_uint32))
+
+
+class VirtioPciCfgCap(ctypes.LittleEndianStructure):
+    """`struct virtio_pci_cfg_cap`, 20 bytes (virtio 1.3, 4.1.4.9)."""
+
+    _fields_ = (("cap", VirtioPciCap), ("pci_cfg_data", ctypes.c_uint8 * 4))
+
+
+class VirtioPciCommonCfg(ctypes.LittleEndianStructure):
+    """`struct virtio_pci_common_cfg`, 64 bytes (virtio 1.3, 4.1.4.3).
+
+    The fields of 64 bits are two of 32, the lower first, as drivers access them.
+    """
+
+    _fields_ = (
+        ("device_feature_select", ctypes.c_uint32),
+        ("device_feature", ctypes.c_uint32),
+        ("driver_feature_select", ctypes.c_uint32),
+        ("driver_feature", ctypes.c_uint32),
+        ("config_msix_vector", ctypes.c_uint16),
+        ("num_queues", ctypes.c_uint16),
+        ("device_status", ctypes.c_uint8),
+        ("config_generation", ctypes.c_uint8),
+        ("queue_select", ctypes.c_uint16),
+        ("queue_size", ctypes.c_uint16),
+        ("queue_msix_vector", ctypes.c_uint16),
+        ("queue_enable", ctypes.c_uint16),
+        ("queue_notify_off", ctypes.c_uint16),
+        ("queue_desc_lo", ctypes.c_uint32),
+        ("queue_desc_hi", ctypes.c_uint32),
+        ("queue_driver_lo", ctypes.c_uint32),
+        ("queue_driver_hi", ctypes.c_uint32),
+        ("queue_device_lo", ctypes.c_uint32),
+        ("queue_device_hi", ctypes.c_uint32),
+        ("queue_notif_config_data", ctypes.c_uint16),
+        ("queue_reset", ctypes.c_uint16),
+        ("admin_queue_index", ctypes.c_uint16),
+        ("admin_queue_num", ctypes.c_uint16),
+    )
+
+
+class PciRegister(enum.IntEnum):
+    """Offsets in a PCI function's configuration header, type 0 (PCI Local Bus 3.0, 6.1)."""
+
+    VENDOR_ID = 0x00
+    DEVICE_ID = 0x02
+    COMMAND = 0x04
+    STATUS = 0x06
+    REVISION_ID = 0x08
+    CLASS_PROG = 0x09
+    CLASS_DEVICE = 0x0A
+    CACHE_LINE_SIZE = 0x0C
+    HEADER_TYPE = 0x0E
+    BASE_ADDRESS_0 = 0x10
+    SUBSYSTEM_VENDOR_ID = 0x2C
+    SUBSYSTEM_ID = 0x2E
+    CAPABILITY_LIST = 0x34
+    INTERRUPT_LINE = 0x3C
+    INTERRUPT_PIN = 0x3D
+
+
+class PciCommand(enum.IntFlag):
+    """Bits of the PCI command register (PCI Local Bus 3.0, 6.2.2)."""
+
+    IO = 0x1
+    MEMORY = 0x2
+    MASTER = 0x4
+    INTX_DISABLE = 0x400
+
+
+class PciStatus(enum.IntFlag):
+    """Bits of the PCI status register (PCI Local Bus 3.0, 6.2.3)."""
+
+    INTERRUPT = 0x08
+    CAPABILITIES = 0x10
+
+
+class PciCapability(enum.IntEnum):
+    """Numbers of PCI capabilities (PCI Local Bus 3.0, appendix H)."""
+
+    VENDOR = 0x09
+    MSIX = 0x11
+
+
+class MsixControl(enum.IntFlag):
+    """Bits of MSI-X message control; below them the table's size less one (PCI 3.0, 6.8.2.3)."""
+
+    MASK_ALL = 0x4000
+    ENABLE = 0x8000
+
+
 # --- the network device (virtio 1.3, 5.1) --------------------------------------------------------
 
 NET_HDR_SIZE = 12
@@ -378,6 +583,10 @@ for _structure, _size in (
     (VringAvailHeader, 4),
     (VringUsedHeader, 4),
     (VringUsedElem, 8),
+    (VirtioPciCap, 16),
+    (VirtioPciNotifyCap, 20),
+    (VirtioPciCfgCap, 20),
+    (VirtioPciCommonCfg, 64),
     (VirtioNetHdr, NET_HDR_SIZE),
     (NetConfig, 24),
 ):

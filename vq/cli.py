@@ -1,4 +1,4 @@
-"""The command line: `vq loopback`, `vq check`, `vq serve`, `vq bench`. Wiring, nothing else.
+"""The command line: `vq loopback`, `vq check`, `vq serve` and the others. Wiring, nothing else.
 
 Exit status: 0 all is well, 1 a fault was found, 2 wrong use, or a file that cannot be used. When it
 is interrupted or nobody reads its output any more, as for a program that a signal ends.
@@ -13,16 +13,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from vq.errors import UsageError, VqError
+from vq.options import Parser
 
-__all__ = ["main"]
+__all__ = ["join_option_values", "main", "parser"]
 
 COMMANDS = {
     "loopback": ("vq.loopback", "send a capture through a scripted guest and back, and compare"),
     "check": ("vq.check", "see what this host can do, and whether vq's numbers are right"),
     "serve": ("vq.serve", "serve a device to a guest over vhost-user"),
+    "replay": ("vq.replay", "replay a recorded session of a guest, and compare"),
     "bench": ("vq.bench", "measure vq beside its peers"),
 }
 """Each module has `add_arguments(parser)` and `run(arguments) -> exit status`."""
@@ -32,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
-    words = _join_option_values(sys.argv[1:] if argv is None else list(argv))
+    words = join_option_values(sys.argv[1:] if argv is None else list(argv))
     named = words[0] if words and words[0] in COMMANDS else None
     try:
-        arguments = _parser(named).parse_args(words)
+        arguments = parser(named).parse_args(words)
         status: int = importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
         _flush_output()
     except KeyboardInterrupt:
@@ -51,13 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for: that takes time, and an installed vq."""
 
@@ -68,19 +62,19 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser(named: str | None) -> argparse.ArgumentParser:
+def parser(named: str | None) -> argparse.ArgumentParser:
     """The parser of the command line; of the commands only one that is named gets its options."""
-    parser = _Parser(prog="vq", description="Write virtio device models in Python and run them.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="say which vq this is, and end")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top = Parser(prog="vq", description="Write virtio device models in Python and run them.")
+    top.add_argument("--version", action=_Version, nargs=0, help="say which vq this is, and end")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=_sentence(summary))
         if name == named:  # the others' modules need not be imported
             importlib.import_module(module).add_arguments(command)
-    return parser
+    return top
 
 
-def _join_option_values(words: list[str]) -> list[str]:
+def join_option_values(words: list[str]) -> list[str]:
     """`--features -CSUM` means `--features=-CSUM`: its value may start with a minus."""
     joined: list[str] = []
     for word in words:

@@ -16,7 +16,7 @@ import enum
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
@@ -69,6 +69,8 @@ class Queue:
         self.ring: SplitRing | None = None
         self.enabled = False
         """Whether the device may work on the ring; a transport may pause a ring that it keeps."""
+        self.unfinished: Sequence[int] = ()
+        """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
 
 class Watch:
@@ -114,6 +116,14 @@ class Device(ABC):
     feature_needs: ClassVar[Mapping[int, int]] = {}
     """For a feature's bit number, the set of features of which it needs at least one."""
 
+    from_outside: ClassVar[Collection[str]] = ()
+    """Names of queues whose answers come from outside, as what arrives at a console does.
+
+    They may have * and ?. A session that was recorded can only be replayed up to what comes there.
+    """
+    ring_class: Callable[..., SplitRing] = SplitRing
+    """What makes the rings: with a class derived from `SplitRing` one can listen in."""
+
     on_queue_call: Callable[[int], None] | None = None
     """The transport's: a used-buffer notification for the queue of this index."""
     on_config_change: Callable[[], None] | None = None
@@ -125,6 +135,8 @@ class Device(ABC):
     """
     on_watches_change: Callable[[], None] | None = None
     """The event loop's: there are new `watches`."""
+    on_call_soon: Callable[[Callable[[], None]], None] | None = None
+    """The event loop's: does something soon, in the device's thread. Any thread may call it."""
 
     def __init__(
         self,
@@ -276,7 +288,7 @@ class Device(ABC):
                     queue=queue.name,
                     section="4.1.4.3.2",
                 )
-            queue.ring = SplitRing(
+            queue.ring = self.ring_class(
                 self.memory,
                 size,
                 desc,
@@ -285,13 +297,14 @@ class Device(ABC):
                 features=self._driver_features,
                 next_avail=next_avail,
                 next_used=next_used,
-                resubmit=resubmit,
+                resubmit=dict.fromkeys((*resubmit, *queue.unfinished)),
                 inflight_log=inflight_log,
                 name=queue.name,
             )
         except DriverError as error:
             self._driver_broke(error)
             return
+        queue.unfinished = ()
         queue.enabled = True
         self._run("queue_started", self.queue_started, queue)
 
@@ -350,11 +363,20 @@ class Device(ABC):
         queue = self.queues[index]
         if queue.ring is None:
             return 0
-        self.queue_stopping(queue)
-        next_avail = queue.ring.next_avail
+        ring = queue.ring
+        self._run("queue_stopping", self.queue_stopping, queue)
+        next_avail = ring.next_avail
         queue.ring = None
         queue.enabled = False
         return next_avail
+
+    def drop_queue(self, index: int) -> None:
+        """Takes a queue's ring away for good: every chain of it is forgotten.
+
+        For transports where a driver can stop one queue (virtio-mmio's QueueReady); it may set it
+        up again, from the start.
+        """
+        self._drop_ring(self.queues[index])
 
     def ready_ring(self, queue: Queue) -> SplitRing | None:
         """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""
@@ -433,6 +455,7 @@ class Device(ABC):
 
     def _drop_ring(self, queue: Queue) -> None:
         queue.enabled = False
+        queue.unfinished = ()
         if queue.ring is not None:
             queue.ring = None
             self._run("queue_dropped", self.queue_dropped, queue)

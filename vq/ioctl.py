@@ -40,7 +40,7 @@ def linux(
 
     `group` is the header's "type", a letter or a byte; `size` is that of the argument in bytes.
     From the low end: 8 bits number, 8 bits group, then size and direction, whose widths and values
-    depend on the processor (Linux, asm-generic/ioctl.h and arch/*/include/uapi/asm/ioctl.h).
+    depend on the processor (Linux, asm-generic/ioctl.h and asm/ioctl.h).
     """
     size_bits, none, write, read = 14, 0, 1, 2
     if machine.startswith(("mips", "ppc", "powerpc", "sparc", "alpha")):

@@ -94,6 +94,11 @@ class Loop:
         """Calls back once in the next turn, after descriptors that are ready have had theirs."""
         self._soon.append(callback)
 
+    def call_soon_from_any_thread(self, callback: Callback) -> None:
+        """`call_soon` for other threads than the loop's: the loop wakes up for it."""
+        self._soon.append(callback)
+        self._wake()
+
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Calls back once, `seconds` from now."""
         timer = Timer(callback)
@@ -130,8 +135,7 @@ class Loop:
     def stop(self) -> None:
         """Makes `run` return soon. Allowed from callbacks, signal handlers and other threads."""
         self._stopping = True
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes just as well
-            os.write(self._wake_write, b"\0")
+        self._wake()
 
     def close(self) -> None:
         """Gives back the loop's own descriptors; what is watched is the watchers' to close."""
@@ -169,6 +173,10 @@ class Loop:
             return timeout
         until_timer = max(0.0, self._timers[0][0] - time.monotonic())
         return until_timer if timeout is None else min(timeout, until_timer)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes just as well
+            os.write(self._wake_write, b"\0")
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):

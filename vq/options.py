@@ -1,4 +1,4 @@
-"""Values that commands take on the command line, each turned into what it stands for.
+"""What commands share: their parser, and values that they take, turned into what these stand for.
 
 The functions for one word raise `argparse.ArgumentTypeError`, so that they can be an option's
 `type`; the others raise `UsageError`.
@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from typing import NoReturn
 
 from vq.abi import MAX_QUEUE_SIZE, Feature, NetFeature
 from vq.errors import UsageError
 from vq.link import LoopbackLink
 from vq.net import NetDevice
 
-__all__ = ["mac_address", "net_features", "positive", "queue_size"]
+__all__ = ["Parser", "mac_address", "net_features", "positive", "queue_size"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def positive(text: str) -> int:

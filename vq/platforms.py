@@ -182,7 +182,80 @@ def _virtio() -> dict[str, int]:
                 "virtio_net_ctrl_mq": _struct(virtqueue_pairs=_SHORT),
             }
         ),
+        **_virtio_registers(),
     }
+
+
+def _virtio_registers() -> dict[str, int]:
+    """The numbers of the register transports, and of PCI as far as they need it."""
+    # By the names that Linux gave them before the specification chose others.
+    mmio = {
+        name.replace("QUEUE_SIZE", "QUEUE_NUM")
+        .replace("QUEUE_DRIVER", "QUEUE_AVAIL")
+        .replace("QUEUE_DEVICE", "QUEUE_USED"): offset
+        for name, offset in _members(abi.MmioRegister).items()
+        if name != "QUEUE_RESET"  # newer than the headers
+    }
+    structures = {
+        name + ("_CFG" if name != "PCI_CFG" else ""): number
+        for name, number in _members(abi.VirtioPciStructure).items()
+    }
+    common = _described(abi.VirtioPciCommonCfg).offsets
+    return {
+        **_prefixed("VIRTIO_MMIO_", mmio),
+        "VIRTIO_MMIO_CONFIG": abi.MMIO_CONFIG,
+        "VIRTIO_MMIO_INT_VRING": abi.Interrupt.QUEUE,
+        "VIRTIO_MMIO_INT_CONFIG": abi.Interrupt.CONFIG,
+        "VIRTIO_PCI_ISR_CONFIG": abi.Interrupt.CONFIG,
+        "VIRTIO_MSI_NO_VECTOR": abi.NO_VECTOR,
+        **_prefixed("VIRTIO_PCI_CAP_", structures),
+        **{f"VIRTIO_PCI_COMMON_{name}": common[field] for name, field in _LINUX_COMMON_CFG.items()},
+        **_layout(
+            {
+                "virtio_pci_cap": _described(abi.VirtioPciCap),
+                "virtio_pci_notify_cap": _described(abi.VirtioPciNotifyCap),
+                "virtio_pci_cfg_cap": _described(abi.VirtioPciCfgCap),
+            }
+        ),
+        "sizeof(virtio_pci_modern_common_cfg)": ctypes.sizeof(abi.VirtioPciCommonCfg),
+        **_prefixed("PCI_", _members(abi.PciRegister)),
+        **_prefixed("PCI_COMMAND_", _members(abi.PciCommand)),
+        "PCI_STATUS_INTERRUPT": abi.PciStatus.INTERRUPT,
+        "PCI_STATUS_CAP_LIST": abi.PciStatus.CAPABILITIES,
+        "PCI_CAP_ID_VNDR": abi.PciCapability.VENDOR,
+        "PCI_CAP_ID_MSIX": abi.PciCapability.MSIX,
+        "PCI_MSIX_FLAGS_MASKALL": abi.MsixControl.MASK_ALL,
+        "PCI_MSIX_FLAGS_ENABLE": abi.MsixControl.ENABLE,
+        "PCI_MSIX_ENTRY_SIZE": abi.MSIX_ENTRY_SIZE,
+    }
+
+
+_LINUX_COMMON_CFG = {
+    "DFSELECT": "device_feature_select",
+    "DF": "device_feature",
+    "GFSELECT": "driver_feature_select",
+    "GF": "driver_feature",
+    "MSIX": "config_msix_vector",
+    "NUMQ": "num_queues",
+    "STATUS": "device_status",
+    "CFGGENERATION": "config_generation",
+    "Q_SELECT": "queue_select",
+    "Q_SIZE": "queue_size",
+    "Q_MSIX": "queue_msix_vector",
+    "Q_ENABLE": "queue_enable",
+    "Q_NOFF": "queue_notify_off",
+    "Q_DESCLO": "queue_desc_lo",
+    "Q_DESCHI": "queue_desc_hi",
+    "Q_AVAILLO": "queue_driver_lo",
+    "Q_AVAILHI": "queue_driver_hi",
+    "Q_USEDLO": "queue_device_lo",
+    "Q_USEDHI": "queue_device_hi",
+    "Q_NDATA": "queue_notif_config_data",
+    "Q_RESET": "queue_reset",
+    "ADM_Q_IDX": "admin_queue_index",
+    "ADM_Q_NUM": "admin_queue_num",
+}
+"""The fields of the common configuration structure by Linux' short names."""
 
 
 def _virtio_ids() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The taps of OpenBSD and of FreeBSD as `Link`s.
+"""The taps of OpenBSD and of FreeBSD as links (`Link`).
 
 Both are devices of their own, /dev/tapN, one frame per read and per write. `OpenBsdTap` turns on
 OpenBSD's `tun_hdr` with TUNSCAP and translates it (`vq.tun_hdr`); `FreeBsdTap` turns on FreeBSD's

@@ -65,7 +65,7 @@ __all__ = [
 
 
 class Request(enum.IntEnum):
-    """What the frontend sends ("Front-end message types"), named as there without VHOST_USER_."""
+    """What the frontend sends ("Front-end message types"), without ``VHOST_USER_``."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -114,7 +114,7 @@ class Request(enum.IntEnum):
 
 
 class BackendRequest(enum.IntEnum):
-    """What the backend sends ("Back-end message types"), without VHOST_USER_BACKEND_."""
+    """What the backend sends ("Back-end message types"), without ``VHOST_USER_BACKEND_``."""
 
     IOTLB_MSG = 1
     CONFIG_CHANGE_MSG = 2

@@ -358,12 +358,13 @@ def watch_device(device: Device, loop: Loop) -> None:
             apply(watch)
 
     device.on_watches_change = attach
+    device.on_call_soon = loop.call_soon_from_any_thread
     attach()
 
 
 def unwatch_device(device: Device, loop: Loop) -> None:
     """The opposite of `watch_device`; to be called before the device is closed."""
-    device.on_watches_change = None
+    device.on_watches_change = device.on_call_soon = None
     for watch in device.watches:
         watch.on_change = None
         loop.watch(watch.fd)

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from vq.testing.contained import ContainedProcess
 from vq.testing.guest import Guest, UmlGuest
-from vq.testing.namespaces import Namespace, bad_checksums
+from vq.testing.namespaces import Namespace
 from vq.testing.requirements import need_namespaces, need_tap, or_skip
+from vq.testing.served import ServeProcess, assert_well, wait_until
+
+__all__ = ["Served", "address_guest", "address_host", "assert_well", "wait_until"]
 
 HOST4, GUEST4 = "198.18.64.1", "198.18.64.2"
 HOST6, GUEST6 = "fd00:7671::1", "fd00:7671::2"
 TAP = "vqtap0"
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not after {timeout} s: {what}"
-        time.sleep(0.02)
-
-
-class Served:
-    """``vq serve net``, on one socket for each name in `names`, in `directory`.
-
-    `options` are its others; it runs in `namespace` where one is given.
-    """
+class Served(ServeProcess):
+    """``vq serve net`` plugged into `link`."""
 
     def __init__(
         self,
@@ -43,75 +30,9 @@ class Served:
         names: Sequence[str] = ("net",),
         namespace: Namespace | None = None,
     ) -> None:
-        self.sockets = [str(directory / f"{name}.sock") for name in names]
-        self._argv = [sys.executable, "-m", "vq", "serve", "net", "--stats=json", "--link", link]
-        self._argv += [f"--socket={path}" for path in self.sockets]
-        self._argv += options
-        if namespace is not None:
-            self._argv = namespace.argv(*self._argv)
-        self._output = directory / f"{names[0]}.served"
-        self._before = ""
-        self.start()
-
-    def start(self) -> None:
-        """Starts the process and waits until it serves."""
-        self._output.write_text("")
-        notify = f"{self._output}.notify"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-            supervisor.settimeout(15)
-            supervisor.bind(notify)
-            self._process = ContainedProcess(
-                self._argv,
-                lifetime=600,
-                output=self._output,
-                env={**os.environ, "NOTIFY_SOCKET": notify},
-            )
-            try:
-                assert supervisor.recv(64) == b"READY=1"
-            except TimeoutError:
-                self._process.close()
-                pytest.fail(f"it does not serve: {self._output.read_text()}")
-            finally:
-                os.unlink(notify)
-
-    def kill(self) -> None:
-        """Kills the process, as a crash does."""
-        self._process.close()
-        self._before += self._output.read_text()
-
-    def log(self) -> str:
-        lines = (self._before + self._output.read_text()).splitlines()
-        return "\n".join(line for line in lines if not line.startswith("{"))
-
-    def stats(self) -> dict[str, int]:
-        """What went through all devices since the process was started, up to now."""
-        # The line that is being made just now may be older than this call, the next one is not.
-        known = self._output.read_text().count("\n{")
-        wait_until(lambda: self._output.read_text().count("\n{") > known, "statistics")
-        last = [line for line in self._output.read_text().splitlines() if line.startswith("{")][-1]
-        total: dict[str, int] = json.loads(last)["total"]
-        return total
-
-    def count(self, name: str) -> int:
-        """One of `stats`."""
-        return self.stats().get(name, 0)
-
-    def close(self) -> None:
-        self._process.close()
-
-
-def assert_well(*places: Served | Guest | Namespace) -> None:
-    """Nobody complains: neither kernel saw a bad checksum, no log has a warning in it."""
-    for place in places:
-        match place:
-            case Served():
-                bad = [word for word in ("WARNING", "ERROR", "Traceback") if word in place.log()]
-                assert not bad, place.log()
-            case Guest():
-                assert place.complaints() == []
-                assert bad_checksums(place.output) == {}
-            case Namespace():
-                assert bad_checksums(place.run) == {}
+        super().__init__(
+            directory, "net", "--link", link, *options, names=names, namespace=namespace
+        )
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vq.abi import DeviceId
 from vq.errors import VqError
 from vq.testing.contained import ContainedProcess, inheritable_copy
 from vq.testing.debian_kernel import find_kernel
@@ -54,6 +55,13 @@ PROGRAMS = {
 
 MODULES = ("8021q",)
 """Kernel modules that ``modprobe`` finds in every guest, beside those loaded at the start."""
+
+DRIVERS = {
+    DeviceId.NET: ("virtio_net", "ipv6"),
+    DeviceId.BLOCK: ("virtio_blk",),
+    DeviceId.CONSOLE: ("virtio_console",),
+}
+"""Modules of User-Mode Linux that drive a type of device; it has none for other types."""
 
 _COMPLAINT = re.compile(
     r"BUG:|WARNING:|Call Trace|Kernel panic|is not a head|Oops|NETDEV WATCHDOG|soft lockup"
@@ -168,10 +176,10 @@ class UmlGuest(Guest):
     """User-Mode Linux.
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
-    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `arguments` go to the
-    kernel's command line, and `prefix` is a command that runs it (as `Namespace.argv` gives). The
-    guest is killed when it has not booted after `boot_timeout` seconds, and after `lifetime`
-    seconds in any case.
+    each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
+    to load beside those that drive the devices; `arguments` go to the kernel's command line, and
+    `prefix` is a command that runs it (as `Namespace.argv` gives). The guest is killed when it has
+    not booted after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
 
     def __init__(
@@ -179,6 +187,7 @@ class UmlGuest(Guest):
         devices: Sequence[tuple[str | Path, int]] = (),
         *,
         mem: str = "128M",
+        load: Sequence[str] = (),
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 30,
@@ -189,7 +198,7 @@ class UmlGuest(Guest):
         self._initrd = shell_initramfs(
             release=release,
             modules_from=modules,
-            load=("virtio_net", "ipv6"),
+            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *_drivers_of(devices), *load])),
             modules=MODULES,
             programs=_guest_programs(),
             console=("tty1", 4, 1),
@@ -352,6 +361,11 @@ class QemuGuest(Guest):
                     if "error" in answer:
                         raise GuestError(f"QEMU refused {name}: {answer['error']['desc']}")
         return answer["return"]
+
+
+def _drivers_of(devices: Sequence[tuple[str | Path, int]]) -> list[str]:
+    known: dict[int, tuple[str, ...]] = {int(kind): names for kind, names in DRIVERS.items()}
+    return [name for _, kind in devices for name in known.get(kind, ())]
 
 
 def _guest_programs() -> dict[str, str]:

@@ -1,0 +1,370 @@
+"""The file that a recorded session stands in: a stream of events, written and read one by one.
+
+A recording begins with eight bytes, ``VQREC`` and three that give the version; four bytes of the
+header's length, little-endian as everything here; and the header, a JSON object that says what was
+recorded (`Header`). The rest is one zlib stream (RFC 1950) of events, flushed several times a
+second, so that the recording of a process that was killed can be read up to then. An event is
+
+====================  ==========================================================================
+``u8 kind``           one of `Kind`
+``u32 microseconds``  since the event before
+``u32 numbers``       how many numbers follow, and how many strings of bytes
+``u32 strings``
+``u64 ...``           the numbers
+``u32 ...``           the length of each string
+bytes                 the strings, one after another
+====================  ==========================================================================
+
+`Kind` says what the numbers and strings of each event are. Writing is done by a thread; the one
+that records only puts events into its hands.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import struct
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self
+
+from vq.errors import CaptureError
+
+__all__ = ["Event", "Header", "Kind", "RecordingReader", "RecordingWriter"]
+
+MAGIC = b"VQREC"
+VERSION = 1
+_MAGIC = MAGIC + VERSION.to_bytes(3, "little")
+_LENGTH = struct.Struct("<I")
+_EVENT = struct.Struct("<BIII")
+_MOST_IN_EVENT = 1 << 28
+"""Bytes of one event at most; no burst of requests comes near."""
+_MOST_WAITING = 64 << 20
+"""Bytes that wait for the disk at most; then the device waits, too."""
+_SECONDS_BETWEEN_FLUSHES = 0.2
+_PIECE = 1 << 18
+
+
+class Kind(enum.IntEnum):
+    """What an event is. In brackets its numbers, after a semicolon its strings.
+
+    Below 20 are causes: what the driver or the world did to the device. Up to 39 is what the device
+    found when it looked: in the guest's memory, in the link. From 40 on is what the device did.
+    """
+
+    MEMORY = 1
+    """The guest has this memory [gpa and size of each region]."""
+    FEATURES = 2
+    """The driver accepts features [the lowest 64 bits, the next 64 bits, and so on]."""
+    STATUS = 3
+    """The driver writes the status [the value]."""
+    CONFIG_READ = 4
+    """The driver reads the configuration space [offset, length; what it gets]."""
+    CONFIG_WRITE = 5
+    """The driver writes it [offset; the bytes]."""
+    QUEUE_SETUP = 6
+    """A queue is set up [index, size, largest size, desc, avail, used, next_avail, next_used, heads
+    to be taken again ...]."""
+    QUEUE_RESET = 7
+    """The driver resets a queue [index]."""
+    QUEUE_STOP = 8
+    """The transport stops a queue [index]."""
+    KICK = 9
+    """The driver kicks [index]."""
+    RESET = 10
+    """The transport resets the device []."""
+    LINK_READABLE = 11
+    """Frames wait in a link's port [port]."""
+    LINK_WRITABLE = 12
+    """A link's port takes frames again [port]."""
+    LINK_CHANGED = 14
+    """A link came or went [as `LINK_IS`]."""
+    HOST = 13
+    """The host does something to the device [; the method's name, its arguments as JSON]."""
+
+    CHAINS = 20
+    """What the device finds available [queue, avail.idx, position of the first, whether they are in
+    the ring (else: to be taken again), how many; for each: head, descriptors, tables, buffers (how
+    many of each), for each descriptor its place, addr, len, flags, next, for each table its gpa,
+    for each buffer its gpa; the bytes of every table and every readable buffer]."""
+    WISH = 21
+    """What the device finds when it asks whether to call [queue, avail.flags, used_event]."""
+    LINK_INPUT = 22
+    """Frames come from the link [port; header and bytes of each]."""
+    LINK_FULL = 23
+    """The link took fewer frames than it was given at last [port]."""
+    LINK_IS = 24
+    """The link's state [accepts, delivers, whether it is up, its MTU or 0]."""
+
+    USED = 40
+    """Chains go back to the driver [queue, head and length of each; the bytes of each]."""
+    CALL = 41
+    """The device calls [queue]."""
+    CONFIG_CHANGED = 42
+    """The device says that its configuration, or its need of a reset, changed [status]."""
+    LINK_OUTPUT = 43
+    """Frames go to the link [port, length of each; the net header, a digest and the first bytes of
+    each]."""
+    LINK_ASKED = 44
+    """The device asks the link [0 for offloads or 1 for ports in use, the value]."""
+
+    ANSWER = 45
+    """What the driver reads after it wrote the status; where a queue that was stopped will go on
+    [the number]."""
+
+    END = 63
+    """The last event [whether it is for want of room]."""
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether the device does something because of it."""
+        return self < 20
+
+
+class Event(NamedTuple):
+    """One thing that happened."""
+
+    kind: Kind
+    seconds: float
+    """Since the recording began."""
+    numbers: tuple[int, ...]
+    strings: tuple[bytes, ...] = ()
+
+
+@dataclass
+class Header:
+    """What was recorded."""
+
+    device: str
+    """The device's class, as ``module:name``."""
+    device_id: int
+    queues: list[tuple[str, int]]
+    """Name and largest size of each."""
+    features: int
+    """What the device offers."""
+    from_outside: list[str] = field(default_factory=list)
+    """Queues whose answers are not the driver's doing alone; see `vq.device.Device`."""
+    served: list[str] = field(default_factory=list)
+    """The words behind ``vq serve`` that made the device, where it was served."""
+    link: dict[str, Any] | None = None
+    """The link that a network device was plugged into, as `vq.recording.link` has it."""
+    began: str = ""
+    """When, as ISO 8601 has it."""
+
+    def encode(self) -> bytes:
+        """The header as it stands in the file."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Header:
+        """The opposite; raises `CaptureError`."""
+        try:
+            fields = json.loads(data)
+            fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
+
+
+class RecordingWriter:
+    """Writes a recording to a new file. One thread at a time may write to it.
+
+    `limit` is how many bytes of events are kept at most, before they are compressed. When that is
+    reached, and when the file cannot be written any more, `ended` says why, and nothing more is
+    taken; the recording up to there is good. Raises `OSError` when the file cannot be made.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], header: Header, *, limit: int = 256 << 20
+    ) -> None:
+        self.ended: str | None = None
+        self._limit = limit
+        self._written = 0
+        self._stored = 0  # by the thread: each of the two counts for itself
+        self._events: deque[bytes] = deque()
+        self._last = self._now = time.monotonic()
+        self._stop = threading.Event()
+        self._closed = False
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
+        described = header.encode()
+        self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
+        self._file.flush()
+        self._thread = threading.Thread(target=self._run, name="vq recording", daemon=True)
+        self._thread.start()
+
+    def write(self, kind: Kind, numbers: Sequence[int], strings: Sequence[bytes] = ()) -> None:
+        """Takes an event. Nothing is raised: what goes wrong with the file is in `ended`."""
+        if self.ended is not None:
+            return
+        now = time.monotonic()
+        passed = int(1e6 * (now - self._last))
+        self._last += 1e-6 * passed
+        head = _EVENT.pack(kind, min(passed, 0xFFFFFFFF), len(numbers), len(strings))
+        parts = [head, _quads(len(numbers)).pack(*numbers)]
+        if strings:
+            parts.append(_longs(len(strings)).pack(*map(len, strings)))
+            parts.extend(strings)
+        event = b"".join(parts)
+        self._written += len(event)
+        if self._written > self._limit and kind is not Kind.END:
+            self.write(Kind.END, [1])
+            self.ended = f"it has reached {self._limit >> 20} MiB"
+            return
+        self._events.append(event)
+        while self._written - self._stored > _MOST_WAITING and self.ended is None:
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        """Writes what is left. Closing twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
+        self.write(Kind.END, [0])
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """The thread: compresses and writes what comes."""
+        packer = zlib.compressobj(1)
+        try:
+            with self._file as file:
+                while not self._stop.wait(_SECONDS_BETWEEN_FLUSHES) or self._events:
+                    if not self._events:
+                        continue
+                    while self._events:
+                        piece = self._take()
+                        file.write(packer.compress(piece))
+                        self._stored += len(piece)
+                    file.write(packer.flush(zlib.Z_SYNC_FLUSH))
+                    file.flush()
+                file.write(packer.flush())
+        except OSError as error:
+            self.ended = error.strerror or str(error)
+            self._events.clear()
+
+    def _take(self) -> bytes:
+        pieces = []
+        length = 0
+        while self._events and length < _PIECE:
+            pieces.append(self._events.popleft())
+            length += len(pieces[-1])
+        return b"".join(pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class RecordingReader:
+    """Reads a recording: its `header` at once, its events one by one when it is iterated over.
+
+    `complete` is whether the end was found: a recording that ends early is that of a process that
+    was killed, and good up to there. Raises `CaptureError` for a file that is no recording or that
+    is damaged, `OSError` when it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.complete = False
+        with open(path, "rb") as file:
+            self.header, self._start = self._read_header(file)
+
+    def _read_header(self, file: BinaryIO) -> tuple[Header, int]:
+        magic = file.read(len(_MAGIC))
+        if magic[: len(MAGIC)] != MAGIC:
+            raise CaptureError(f"{self.path} is no recording of a device")
+        if magic != _MAGIC:
+            raise CaptureError(f"{self.path} is a recording of another version of vq")
+        length = file.read(_LENGTH.size)
+        described = file.read(_LENGTH.unpack(length)[0]) if len(length) == _LENGTH.size else b""
+        return Header.decode(described), file.tell()
+
+    def __iter__(self) -> Iterator[Event]:
+        self.complete = False
+        seconds = 0.0
+        with open(self.path, "rb") as file:
+            file.seek(self._start)
+            stream = _Stream(file, self.path)
+            while head := stream.take(_EVENT.size):
+                kind, passed, numbers, strings = _EVENT.unpack(head)
+                seconds += 1e-6 * passed
+                event = self._read_event(stream, kind, seconds, numbers, strings)
+                if event is None:
+                    return
+                if event.kind is Kind.END:
+                    self.complete = True
+                yield event
+
+    def _read_event(
+        self, stream: _Stream, kind: int, seconds: float, numbers: int, strings: int
+    ) -> Event | None:
+        if 8 * numbers + 4 * strings > _MOST_IN_EVENT:
+            raise CaptureError(f"{self.path} is damaged: an event of {numbers} numbers")
+        packed = stream.take(8 * numbers + 4 * strings)
+        if len(packed) < 8 * numbers + 4 * strings:
+            return None
+        lengths = _longs(strings).unpack_from(packed, 8 * numbers)
+        if sum(lengths) > _MOST_IN_EVENT:
+            raise CaptureError(f"{self.path} is damaged: an event of {sum(lengths)} bytes")
+        data = stream.take(sum(lengths))
+        if len(data) < sum(lengths):
+            return None
+        pieces = []
+        start = 0
+        for length in lengths:
+            pieces.append(data[start : start + length])
+            start += length
+        try:
+            name = Kind(kind)
+        except ValueError:
+            raise CaptureError(f"{self.path} is damaged: no event is a {kind}") from None
+        return Event(name, seconds, _quads(numbers).unpack_from(packed), tuple(pieces))
+
+
+class _Stream:
+    """Bytes of a file's zlib stream, as many as are asked for or as there are."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._unpacker = zlib.decompressobj()
+        self._have = bytearray()
+
+    def take(self, length: int) -> bytes:
+        while len(self._have) < length:
+            piece = self._file.read(65536)
+            if not piece:
+                break
+            try:
+                self._have += self._unpacker.decompress(piece)
+            except zlib.error as error:
+                raise CaptureError(f"{self._name} is damaged: {error}") from None
+        if len(self._have) < length:
+            return b""
+        taken = bytes(self._have[:length])
+        del self._have[:length]
+        return taken
+
+
+@lru_cache(maxsize=1024)
+def _quads(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
+
+
+@lru_cache(maxsize=1024)
+def _longs(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}I")

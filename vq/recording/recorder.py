@@ -1,0 +1,288 @@
+"""Listens to a device while it is served, and writes the session down.
+
+The recorder puts itself in front of the device's methods that a transport calls, has the device
+make rings that tell what they find (`vq.recording.ring`), and listens to the ports of the link that
+a network device is plugged into. The device itself knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from vq.device import Device, Watch
+from vq.link import Link, Port
+from vq.memory import GuestMemory
+from vq.recording.format import Header, Kind, RecordingWriter
+from vq.recording.link import Listener, describe_link, state_of
+from vq.recording.ring import RecordingRing
+from vq.split_ring import SplitRing
+
+__all__ = ["Recorder"]
+
+log = logging.getLogger(__name__)
+
+HOST_METHODS = ("set_link_up", "set_mtu", "send_rarp")
+"""What a host does to a device beyond what a driver can do, where the device has such a method."""
+
+
+class Recorder:
+    """Records all that happens to `device` into a new file at `path`, until `close`.
+
+    `limit` is how many bytes are recorded at most, before they are compressed; then recording ends,
+    and the device goes on. `served` are the words behind ``vq serve`` that made the device, for
+    ``vq replay`` to make it again. The device must not be in use yet. Raises `OSError` when the
+    file cannot be made.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        path: str | os.PathLike[str],
+        *,
+        limit: int = 256 << 20,
+        served: Sequence[str] = (),
+    ) -> None:
+        self.device = device
+        link = getattr(device, "link", None)
+        self._link = link if isinstance(link, Link) else None
+        kind = type(device)
+        header = Header(
+            device=f"{kind.__module__}:{kind.__qualname__}",
+            device_id=int(device.device_id),
+            queues=[(queue.name, queue.max_size) for queue in device.queues],
+            features=device.device_features,
+            from_outside=[
+                queue.name
+                for queue in device.queues
+                if any(fnmatch.fnmatch(queue.name, name) for name in device.from_outside)
+            ],
+            served=list(served),
+            link=None if self._link is None else describe_link(self._link),
+            began=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._writer = RecordingWriter(path, header, limit=limit)
+        self._memory: GuestMemory | None = None
+        self._depth = 0  # of causes: what the device does to itself is no cause
+        self._queue = 0  # the one that is being set up
+        self._wrapped: list[Watch] = []
+        self._undo: list[Callable[[], None]] = []
+        self._attach()
+
+    @property
+    def ended(self) -> str | None:
+        """Why recording ended before `close`, if it did."""
+        return self._writer.ended
+
+    def close(self) -> None:
+        """Lets go of the device, and finishes the file. Closing twice is allowed."""
+        self._let_go()
+        self._writer.close()
+
+    # --- in front of the device -----------------------------------------------------------------
+
+    def _attach(self) -> None:
+        device = self.device
+        for name, before in (
+            ("accept_features", self._accept_features),
+            ("write_status", self._write_status),
+            ("read_config", self._read_config),
+            ("write_config", self._write_config),
+            ("setup_queue", self._setup_queue),
+            ("reset_queue", self._reset_queue),
+            ("stop_queue", self._stop_queue),
+            ("notify", self._notify),
+            ("reset", self._reset),
+        ):
+            self._put_before(device, name, before)
+        for name in HOST_METHODS:
+            if hasattr(device, name):
+                self._put_before(device, name, functools.partial(self._by_host, name))
+        self._put_before(device, "_notify_config_change", self._config_changed)
+        device.ring_class = self._make_ring
+        self._undo.append(lambda: delattr(device, "ring_class"))
+        if self._link is not None:
+            self._listen(self._link)
+
+    def _put_before(self, target: object, name: str, before: Callable[..., Any]) -> None:
+        """Has `before` called with the method of that name, and its arguments, in its place."""
+        setattr(target, name, functools.partial(before, getattr(target, name)))
+        self._undo.append(lambda: delattr(target, name))
+
+    def _let_go(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        for queue in self.device.queues:
+            if isinstance(queue.ring, RecordingRing):
+                queue.ring.stop_recording()
+
+    def _cause(self, kind: Kind, numbers: Sequence[int], strings: Sequence[bytes] = ()) -> None:
+        if self._depth == 0:
+            self._check()
+            self._writer.write(kind, numbers, strings)
+
+    def _check(self) -> None:
+        """Lets go of the device when the writer has given up."""
+        if self._writer.ended is not None and self._undo:
+            log.warning("the session is not recorded any more: %s", self._writer.ended)
+            self._let_go()
+
+    def _inside(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a method of the device; what that calls of the device is no cause of its own."""
+        self._depth += 1
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    def _look_at_memory(self) -> None:
+        memory = self.device.memory
+        if memory is not self._memory and memory is not None:
+            self._memory = memory
+            numbers = [value for region in memory.regions for value in (region.gpa, region.size)]
+            self._cause(Kind.MEMORY, numbers)
+
+    def _accept_features(self, accept: Callable[[int], None], features: int) -> None:
+        words = [features >> shift & (1 << 64) - 1 for shift in range(0, features.bit_length(), 64)]
+        self._cause(Kind.FEATURES, words)
+        self._inside(accept, features)
+
+    def _write_status(self, write: Callable[[int], None], status: int) -> None:
+        self._cause(Kind.STATUS, [status])
+        self._inside(write, status)
+        self._answer(self.device.status)
+
+    def _answer(self, number: int) -> None:
+        if self._depth == 0:
+            self._writer.write(Kind.ANSWER, [number])
+
+    def _read_config(self, read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
+        data: bytes = self._inside(read, offset, length)
+        self._cause(Kind.CONFIG_READ, (offset, length), [data])
+        return data
+
+    def _write_config(self, write: Callable[..., None], offset: int, data: bytes) -> None:
+        self._cause(Kind.CONFIG_WRITE, [offset], [bytes(data)])
+        self._inside(write, offset, data)
+
+    def _setup_queue(self, setup: Callable[..., None], index: int, **where: Any) -> None:
+        self._look_at_memory()
+        heads = where["resubmit"] = list(where.get("resubmit", ()))
+        self._cause(
+            Kind.QUEUE_SETUP,
+            [
+                index,
+                where["size"],
+                self.device.queue_max_size(index),
+                *(where[name] for name in ("desc", "avail", "used")),
+                *(where.get(name, 0) for name in ("next_avail", "next_used")),
+                *heads,
+            ],
+        )
+        self._queue = index
+        self._inside(setup, index, **where)
+
+    def _make_ring(self, *places: Any, **options: Any) -> SplitRing:
+        return RecordingRing(self._writer, self._queue, *places, **options)
+
+    def _reset_queue(self, reset: Callable[[int], None], index: int) -> None:
+        self._cause(Kind.QUEUE_RESET, [index])
+        self._inside(reset, index)
+
+    def _stop_queue(self, stop: Callable[[int], int], index: int) -> int:
+        self._cause(Kind.QUEUE_STOP, [index])
+        position: int = self._inside(stop, index)
+        self._answer(position)
+        return position
+
+    def _notify(self, notify: Callable[[int], None], index: int) -> None:
+        self._cause(Kind.KICK, [index])
+        self._inside(notify, index)
+
+    def _reset(self, reset: Callable[[], None]) -> None:
+        self._cause(Kind.RESET, [])
+        self._memory = None
+        self._inside(reset)
+
+    def _by_host(self, name: str, method: Callable[..., Any], *args: Any) -> Any:
+        plain = [arg.hex() if isinstance(arg, bytes) else arg for arg in args]
+        self._cause(Kind.HOST, [], [name.encode(), json.dumps(plain).encode()])
+        return self._inside(method, *args)
+
+    def _config_changed(self, tell: Callable[[], None]) -> None:
+        self._writer.write(Kind.CONFIG_CHANGED, [self.device.status])
+        tell()
+
+    # --- in front of the link -------------------------------------------------------------------
+
+    def _listen(self, link: Link) -> None:
+        listener = Listener(link, self._writer)
+        for what, name in enumerate(("request_offloads", "activate_ports")):
+            self._put_before(link, name, functools.partial(listener.ask, what))
+        for index, port in enumerate(link.ports):
+            self._put_before(port, "write_burst", functools.partial(listener.write_burst, index))
+            self._put_before(port, "read_burst", functools.partial(listener.read_burst, index))
+            self._close_short_cuts(port)
+            for name, kind in (
+                ("on_readable", Kind.LINK_READABLE),
+                ("on_writable", Kind.LINK_WRITABLE),
+            ):
+                self._wrap(port, name, kind, index)
+        if link.on_change is not None:
+            change = link.on_change
+
+            def changed() -> None:
+                self._cause(Kind.LINK_CHANGED, state_of(link))
+                self._inside(change)
+                self._wrap_watches(link)
+
+            link.on_change = changed
+            self._undo.append(lambda: setattr(link, "on_change", change))
+        self._wrap_watches(link)
+
+    def _close_short_cuts(self, port: Port) -> None:
+        """Frames go through `write_burst`, where they are seen."""
+        outbox = getattr(port, "outbox", None)
+        if outbox is not None:
+            setattr(port, "outbox", None)  # noqa: B010
+            self._undo.append(lambda: setattr(port, "outbox", outbox))
+
+    def _wrap_watches(self, link: Link) -> None:
+        """The network device has a watch for each port that has a descriptor."""
+        ports = {port.fileno(): index for index, port in enumerate(link.ports)}
+        for watch in self.device.watches:
+            if watch.fd in ports and watch not in self._wrapped:
+                self._wrapped.append(watch)
+                self._wrap(watch, "readable", Kind.LINK_READABLE, ports[watch.fd])
+                self._wrap(watch, "writable", Kind.LINK_WRITABLE, ports[watch.fd])
+
+    def _wrap(self, target: object, name: str, kind: Kind, port: int) -> None:
+        """Makes a callback a cause."""
+        callback = getattr(target, name)
+        if callback is None:
+            return
+
+        def called() -> None:
+            self._cause(kind, [port])
+            self._inside(callback)
+
+        setattr(target, name, called)
+        self._undo.append(lambda: setattr(target, name, callback))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,212 @@
+"""What stands in a recording, in words or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vq.abi import DeviceId, Feature, NetFeature, Status, feature_names
+from vq.offload import Offload
+from vq.recording.format import Event, Header, Kind, RecordingReader
+from vq.recording.ring import Found, FoundChain
+
+__all__ = ["as_json", "describe", "describe_header"]
+
+_SHOWN = 24
+
+
+def describe(reader: RecordingReader, *, data: bool = False) -> Iterator[str]:
+    """The recording in lines: each cause with a number and its time, what it led to below it.
+
+    With `data` all bytes are shown, else the first few. Raises `CaptureError` for damage.
+    """
+    yield from describe_header(reader.header)
+    words = _Words(reader.header, data)
+    number = 0
+    for event in reader:
+        if event.kind.is_cause:
+            number += 1
+            yield f"{number:6} {event.seconds:12.6f}  {words.line(event)}"
+        elif event.kind is not Kind.END:
+            yield from (" " * 23 + line for line in words.lines(event))
+    if not reader.complete:
+        yield "the recording ends here without an end: the process was killed, or still runs"
+
+
+def describe_header(header: Header) -> Iterator[str]:
+    """What was recorded."""
+    yield f"device    {header.device}, type {_name_of(header)}"
+    if header.served:
+        yield f"served    vq serve {' '.join(header.served)}"
+    yield "queues    " + ", ".join(f"{name} ({size})" for name, size in header.queues)
+    if header.from_outside:
+        names = ", ".join(header.from_outside)
+        yield f"outside   {names}: what comes there is not the driver's doing"
+    if header.link is not None:
+        yield f"link      {header.link['name']}, {header.link['ports']} ports"
+    yield f"began     {header.began}"
+
+
+def as_json(event: Event, header: Header) -> dict[str, Any]:
+    """An event as JSON has it: bytes in hexadecimal."""
+    fields: dict[str, Any] = {"seconds": round(event.seconds, 6), "event": event.kind.name.lower()}
+    numbers, strings = event.numbers, event.strings
+    match event.kind:
+        case Kind.CHAINS:
+            found = Found.from_event(numbers, strings)
+            fields |= {
+                "queue": _queue_name(header, found.queue),
+                "avail_idx": found.index,
+                "position": found.position,
+                "chains": [_chain_as_json(chain) for chain in found.chains],
+            }
+        case Kind.USED:
+            fields |= {
+                "queue": _queue_name(header, numbers[0]),
+                "used": [
+                    {"head": head, "length": length, "bytes": data.hex()}
+                    for head, length, data in zip(
+                        numbers[1::2], numbers[2::2], strings, strict=True
+                    )
+                ],
+            }
+        case Kind.KICK | Kind.CALL | Kind.QUEUE_RESET | Kind.QUEUE_STOP:
+            fields["queue"] = _queue_name(header, numbers[0])
+        case _:
+            fields |= {"numbers": list(numbers), "bytes": [data.hex() for data in strings]}
+    return fields
+
+
+def _chain_as_json(chain: FoundChain) -> dict[str, Any]:
+    names = ("place", "addr", "len", "flags", "next")
+    return {
+        "head": chain.head,
+        "descriptors": [dict(zip(names, entry, strict=True)) for entry in chain.descriptors],
+        "tables": [{"gpa": gpa, "bytes": data.hex()} for gpa, data in chain.tables],
+        "readable": [{"gpa": gpa, "bytes": data.hex()} for gpa, data in chain.buffers],
+    }
+
+
+class _Words:
+    """Tells of events; knows the device's names."""
+
+    def __init__(self, header: Header, data: bool) -> None:
+        self._header = header
+        self._most = 1 << 30 if data else _SHOWN
+        self._names = NetFeature if header.device_id == DeviceId.NET else Feature
+
+    def line(self, event: Event) -> str:
+        """A cause."""
+        numbers = event.numbers
+        match event.kind:
+            case Kind.MEMORY:
+                pairs = zip(numbers[::2], numbers[1::2], strict=True)
+                return "memory " + ", ".join(f"{gpa:#x}+{size:#x}" for gpa, size in pairs)
+            case Kind.FEATURES:
+                features = sum(word << 64 * place for place, word in enumerate(numbers))
+                return "features " + ", ".join(feature_names(features, self._names))
+            case Kind.STATUS:
+                return f"status {_status(numbers[0])}"
+            case Kind.CONFIG_READ:
+                return f"reads config {numbers[0]}+{numbers[1]}: {event.strings[0].hex(' ')}"
+            case Kind.CONFIG_WRITE:
+                return f"writes config at {numbers[0]}: {event.strings[0].hex(' ')}"
+            case Kind.QUEUE_SETUP:
+                index, size, _, desc, avail, used, position, *_ = numbers
+                return (
+                    f"sets up {self._queue(index)}: {size} descriptors at {desc:#x}, available"
+                    f" {avail:#x}, used {used:#x}, from position {position}"
+                )
+            case Kind.QUEUE_RESET:
+                return f"resets {self._queue(numbers[0])}"
+            case Kind.QUEUE_STOP:
+                return f"stops {self._queue(numbers[0])}"
+            case Kind.KICK:
+                return f"kick {self._queue(numbers[0])}"
+            case Kind.RESET:
+                return "reset"
+            case Kind.LINK_READABLE:
+                return f"the link's port {numbers[0]} has frames"
+            case Kind.LINK_WRITABLE:
+                return f"the link's port {numbers[0]} takes frames again"
+            case Kind.LINK_CHANGED:
+                return f"the link changed: {'up' if numbers[2] else 'down'}"
+            case Kind.HOST:
+                name, arguments = (text.decode(errors="replace") for text in event.strings)
+                return f"the host: {name}{arguments}"
+        return event.kind.name.lower()
+
+    def lines(self, event: Event) -> Iterator[str]:
+        """What is no cause."""
+        numbers, strings = event.numbers, event.strings
+        match event.kind:
+            case Kind.CHAINS:
+                yield from self._found(Found.from_event(numbers, strings))
+            case Kind.WISH:
+                queue = self._queue(numbers[0])
+                yield f"{queue}: the driver's flags are {numbers[1]}, used_event {numbers[2]}"
+            case Kind.LINK_INPUT:
+                for data in strings:
+                    yield f"port {numbers[0]} gives {len(data) - 12} bytes: {self._bytes(data)}"
+            case Kind.LINK_FULL:
+                yield f"port {numbers[0]} is full"
+            case Kind.LINK_IS:
+                yield f"the link delivers {_offloads(numbers[1])}, {'up' if numbers[2] else 'down'}"
+            case Kind.USED:
+                for head, length, data in zip(numbers[1::2], numbers[2::2], strings, strict=True):
+                    wrote = f", {length} bytes written: {self._bytes(data)}" if length else ""
+                    yield f"{self._queue(numbers[0])}: {head} given back{wrote}"
+            case Kind.CALL:
+                yield f"{self._queue(numbers[0])}: call"
+            case Kind.CONFIG_CHANGED:
+                yield f"configuration change, status {_status(numbers[0])}"
+            case Kind.LINK_OUTPUT:
+                for length, data in zip(numbers[1:], strings, strict=True):
+                    yield (
+                        f"port {numbers[0]} gets {length} bytes:"
+                        f" {self._bytes(data[:12] + data[20:], whole=length + 12)}"
+                    )
+            case Kind.LINK_ASKED:
+                asked = _offloads(numbers[1]) if numbers[0] == 0 else f"{numbers[1]} ports"
+                yield f"the link is asked for {asked}"
+            case Kind.ANSWER:
+                yield f"answer {numbers[0]:#x}"
+
+    def _found(self, found: Found) -> Iterator[str]:
+        queue = self._queue(found.queue)
+        if not found.chains:
+            yield f"{queue}: the available index is {found.index}"
+        for chain in found.chains:
+            data = b"".join(bytes_ for _, bytes_ in chain.buffers)
+            room = sum(length for _, length in chain.writable())
+            table = " in a table" if chain.tables else ""
+            parts = [f"{len(data)} bytes: {self._bytes(data)}"] if data else []
+            parts += [f"room for {room}"] if room else []
+            yield f"{queue}: {chain.head} available{table}, {', '.join(parts) or 'empty'}"
+
+    def _bytes(self, data: bytes, whole: int | None = None) -> str:
+        more = " ..." if (whole or len(data)) > min(len(data), self._most) else ""
+        return data[: self._most].hex(" ") + more
+
+    def _queue(self, index: int) -> str:
+        return _queue_name(self._header, index)
+
+
+def _queue_name(header: Header, index: int) -> str:
+    return header.queues[index][0] if index < len(header.queues) else f"queue {index}"
+
+
+def _status(value: int) -> str:
+    names = [bit.name or "" for bit in Status if value & bit]
+    return f"{value:#x} ({', '.join(names)})" if names else f"{value:#x}"
+
+
+def _offloads(value: int) -> str:
+    return ", ".join(flag.name or "" for flag in Offload if flag and value & flag) or "no offloads"
+
+
+def _name_of(header: Header) -> str:
+    try:
+        return f"{header.device_id} ({DeviceId(header.device_id).name.lower()})"
+    except ValueError:
+        return str(header.device_id)

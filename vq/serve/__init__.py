@@ -1,0 +1,152 @@
+"""`vq serve`: devices on vhost-user sockets, for guests that run elsewhere.
+
+One process serves one device, or two that are joined (`vq serve net --link pair`). Logs go to
+standard error and say in words what a guest negotiated; statistics go to standard output when asked
+for. Here is the command; each kind of device has a module with its options (`vq.serve.kind`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from vq.device import Device
+from vq.errors import UsageError
+from vq.loop import Loop
+from vq.options import Parser, positive
+from vq.serve import transport
+from vq.serve.kind import Kind
+from vq.serve.statistics import Statistics
+
+__all__ = ["KINDS", "add_arguments", "parse", "run"]
+
+log = logging.getLogger(__name__)
+
+KINDS = {
+    "net": ("vq.serve.net:NetKind", "a network device"),
+    "rng": ("vq.serve.rng:RngKind", "an entropy device"),
+}
+"""For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the word for the device; the options behind it are the device's own to parse."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    words = "".join(f"  {word:<20}{summary}\n" for word, (_, summary) in KINDS.items())
+    words += "  MODULE:CLASS        a device model of your own"
+    parser.epilog = f"devices:\n{words}\n\n`vq serve DEVICE --help` has the options of one."
+    parser.add_argument("device", metavar="DEVICE", help="what to serve, one of those below")
+    parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="its options")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until told to stop; returns the exit status.
+
+    Raises `UsageError` and `OSError` for what keeps it from beginning to serve.
+    """
+    words = [args.device, *args.options]
+    kind, args = parse(args.device, args.options)
+    transport.check(args, needed=kind.sockets_needed(args))
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    with ExitStack() as stack:
+        loop = Loop()
+        stack.callback(loop.close)
+        # Before there is anything to leave behind, and until nothing of it is left.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, lambda *_: loop.stop())
+        devices = kind.open_devices(args, stack)
+        if args.record is not None:
+            _record(devices[0], args, words, stack)
+        for index, device in enumerate(devices):
+            transport.offer(args, index, device, loop, stack, queue_num=kind.queue_num(args))
+        kind.follow(devices, loop)
+        if args.stats:
+            Statistics(devices, loop, kind.statistics, as_json=args.stats == "json").start()
+        transport.tell_supervisor("READY=1")
+        try:
+            loop.run()
+        except BrokenPipeError:  # nobody reads the statistics any more
+            raise
+        except OSError as error:
+            log.error("the system refused: %s", error)
+            return 1
+        finally:
+            transport.tell_supervisor("STOPPING=1")
+    return 0
+
+
+def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
+    """The kind of device that `word` stands for, and what its options say."""
+    if ":" in word:
+        from vq.serve.custom import CustomKind
+
+        kind: Kind = CustomKind(word)
+        summary = word
+    elif word in KINDS:
+        place, summary = KINDS[word]
+        module, _, name = place.partition(":")
+        kind = getattr(importlib.import_module(module), name)()
+    else:
+        devices = ", ".join(KINDS)
+        raise UsageError(f"{word!r} is no device; the devices are {devices} and MODULE:CLASS")
+    parser = Parser(prog=f"vq serve {word}", description=f"Serve {summary} over vhost-user.")
+    transport.add_arguments(parser)
+    parser.add_argument(
+        "--stats",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="print a line a second, for people or for programs",
+    )
+    parser.add_argument(
+        "--print-capabilities",
+        action=_PrintCapabilities,
+        nargs=0,
+        const=kind.capabilities,
+        help="print what this program can do, as vhost-user's conventions have it, and end",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down all that happens, for `vq replay` (of the first device where there are"
+        " two); it has all that the guest sends and receives",
+    )
+    parser.add_argument(
+        "--record-limit",
+        type=positive,
+        default=256,
+        metavar="MIB",
+        help="record no more than this, before it is compressed (default: %(default)s)",
+    )
+    parser.add_argument("--verbose", "-v", action="store_true", help="log more")
+    kind.add_arguments(parser)
+    return kind, parser.parse_args(words)
+
+
+def _record(
+    device: Device, args: argparse.Namespace, words: Sequence[str], stack: ExitStack
+) -> None:
+    from vq.recording.recorder import Recorder
+
+    recorder = Recorder(device, args.record, limit=args.record_limit << 20, served=words)
+    stack.callback(recorder.close)
+    log.info("recording to %s", args.record)
+
+
+class _PrintCapabilities(argparse.Action):
+    """Answers at once: a manager may ask without any other option, or with some of no meaning."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(json.dumps(self.const))
+        parser.exit()

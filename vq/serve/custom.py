@@ -1,0 +1,72 @@
+"""`vq serve MODULE:CLASS`: anybody's own device model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import ClassVar
+
+from vq.device import Device
+from vq.errors import UsageError
+from vq.serve.kind import Kind
+
+__all__ = ["CustomKind"]
+
+
+class CustomKind(Kind):
+    """A device that a callable makes: a class derived from `Device`, or a function.
+
+    The word names it as ``module:name``; the module is found as Python finds modules, and in the
+    current directory. ``--with NAME=TEXT`` are the callable's keyword arguments. Raises
+    `UsageError` when there is no such thing.
+    """
+
+    capabilities: ClassVar[Mapping[str, object]] = {"type": "unknown"}
+
+    def __init__(self, word: str) -> None:
+        module_name, _, name = word.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            self._make = getattr(importlib.import_module(module_name), name)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{module_name} cannot be imported: {error}") from error
+        except AttributeError:
+            raise UsageError(f"{module_name} has no {name or 'name behind the colon'}") from None
+        if not callable(self._make):
+            raise UsageError(f"{word} is no class or function")
+        self._word = word
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """See `Kind`."""
+        parser.add_argument(
+            "--with",
+            dest="arguments",
+            action="append",
+            default=[],
+            metavar="NAME=TEXT",
+            help="a keyword argument for the device's maker, as text",
+        )
+
+    def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
+        """See `Kind`."""
+        arguments = dict(_name_and_text(item) for item in args.arguments)
+        try:
+            device = self._make(**arguments)
+        except TypeError as error:
+            raise UsageError(f"{self._word}: {error}") from error
+        if not isinstance(device, Device):
+            raise UsageError(f"{self._word} does not make a vq device")
+        stack.callback(device.close)
+        return [device]
+
+
+def _name_and_text(item: str) -> tuple[str, str]:
+    name, equals, text = item.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--with takes NAME=TEXT, not {item!r}")
+    return name, text

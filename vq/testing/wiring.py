@@ -1,0 +1,189 @@
+"""A device wired to a scripted driver, in one process: by direct calls or over vhost-user.
+
+    with wire(MyDevice()) as wired:
+        wired.driver.probe()
+        assert wired.request(0, b"hello", 5) == b"HELLO"
+
+The same driver stands on every wire, so that a test of a device runs over all of them unchanged.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from vq.device import Device
+from vq.driver import DeviceError, Driver, GuestBuffer, Transport
+from vq.errors import UsageError
+from vq.loop import Loop
+from vq.memory import GuestMemory
+from vq.testing.vhost_frontend import VhostFrontend
+from vq.vhost_user import Connection, unwatch_device, watch_device
+
+__all__ = ["WIRES", "Wired", "wire"]
+
+MEMORY = ((0x1000, 0x100000), (0x40000000, 0x100000))
+"""Where a guest's memory is by default, as ``(gpa, size)``: two regions with a hole between them,
+and none at 0."""
+PATIENCE = 5.0
+"""Seconds that a device has for an answer."""
+
+
+@dataclass
+class Wired:
+    """A device and the driver in front of it."""
+
+    device: Device
+    memory: GuestMemory
+    transport: Transport
+    """How the driver reaches the device; another driver can stand on it instead of `driver`."""
+    driver: Driver
+    """Not probed yet: `driver.probe()` brings the device up."""
+    via: str
+    """One of `WIRES`."""
+    loop: Loop
+    """What serves the device's own descriptors, and vhost-user's."""
+    poll: Callable[[], object] = field(default=lambda: None, repr=False)
+
+    def turn(self, count: int = 8) -> None:
+        """Lets everything work that has something to do: the wire, a link's descriptors."""
+        for _ in range(count):
+            self.loop.run_once(0)
+            self.poll()
+
+    def wait_until(self, condition: Callable[[], object], what: str = "it") -> None:
+        """Takes turns until `condition` holds; raises `DeviceError` after five seconds."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.turn(2)
+            if condition():
+                return
+            if time.monotonic() > deadline:
+                raise DeviceError(f"{what} did not happen in {PATIENCE:g} seconds")
+            self.loop.run_once(0.001)
+
+    def request(
+        self, queue: int, data: bytes = b"", room: int = 0, *, pieces: int | None = None
+    ) -> bytes:
+        """Sends `data` with `room` bytes for the answer; returns what the device wrote.
+
+        Both are cut into buffers of `pieces` bytes, by default one each. Raises `DeviceError` when
+        there is no answer in time, or the device needs a reset.
+        """
+        driver = self.driver
+        start = driver.allocator.allocate(max(1, len(data) + room), align=16)
+        self.memory.write(start, data)
+        readable = _cut(start, len(data), pieces)
+        writable = _cut(start + len(data), room, pieces)
+        token = object()
+        ring = driver.queues[queue]
+        ring.add(readable, writable, token)
+        driver.kick(queue)
+        answer: list[int] = []
+
+        def answered() -> bool:
+            if self.transport.status & 0x40:
+                raise DeviceError(f"the device needs a reset: {self.device.fault}")
+            answer.extend(used.written for used in ring.collect() if used.token is token)
+            return bool(answer)
+
+        self.wait_until(answered, f"an answer on queue {queue}")
+        written = self.memory.read(start + len(data), answer[0])
+        driver.allocator.free(start)
+        return written
+
+
+@contextmanager
+def wire(
+    device: Device,
+    via: str = "direct",
+    *,
+    memory: GuestMemory | None = None,
+    features: int = -1,
+    queue_size: int = 256,
+) -> Iterator[Wired]:
+    """Wires `device` to a scripted driver by one of `WIRES`.
+
+    `memory` is the guest's, by default two small regions that are gone afterwards. `features` are
+    those that the driver wants, a set of bits, by default all that there are; `queue_size` is the
+    most that it makes its queues. The device is the caller's, and is reset in the end; it must not
+    be in use elsewhere. Raises `UsageError` for a wire that is not known.
+    """
+    with ExitStack() as stack:
+        if memory is None:
+            memory = GuestMemory.allocate(*MEMORY)
+            stack.callback(memory.close)
+        loop = Loop()
+        stack.callback(loop.close)
+        watch_device(device, loop)
+        stack.callback(unwatch_device, device, loop)
+        try:
+            opener = _OPENERS[via]
+        except KeyError:
+            raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}") from None
+        transport, poll = opener(device, memory, loop, stack)
+        driver = Driver(transport, memory, features, queue_size=queue_size)
+        yield Wired(device, memory, transport, driver, via, loop, poll)
+
+
+def _cut(start: int, length: int, piece: int | None) -> list[GuestBuffer]:
+    if not length:
+        return []
+    step = piece or length
+    return [(start + at, min(step, length - at)) for at in range(0, length, step)]
+
+
+# --- the wires -----------------------------------------------------------------------------------
+
+_Poll = Callable[[], object]
+
+
+def _nothing() -> None:
+    """Where calls come by themselves there is nothing to look for."""
+
+
+def _direct(
+    device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
+) -> tuple[Transport, _Poll]:
+    """The driver calls the device's methods."""
+    before = device.memory
+    device.memory = memory
+
+    def let_go() -> None:
+        device.reset()
+        device.on_queue_call = device.on_config_change = None
+        device.memory = before
+
+    stack.callback(let_go)
+    return device, _nothing
+
+
+def _vhost_user(
+    device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
+) -> tuple[Transport, _Poll]:
+    """The device behind a socket, and a frontend at its other end, in turns in this thread."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = Connection(theirs, device, loop, name="wired")
+    stack.callback(connection.close)
+    sizes = [queue.max_size for queue in device.queues]
+    frontend = VhostFrontend(
+        ours,
+        memory,
+        device_id=device.device_id,
+        queue_count=device.queue_count,
+        queue_size=min(sizes, default=256),
+        idle=lambda: loop.run_once(0),
+    )
+    stack.callback(frontend.close)
+    return frontend, frontend.poll
+
+
+_OPENERS: dict[str, Callable[[Device, GuestMemory, Loop, ExitStack], tuple[Transport, _Poll]]] = {
+    "direct": _direct,
+    "vhost-user": _vhost_user,
+}
+WIRES = tuple(_OPENERS)
+"""The ways to wire a driver to a device."""
