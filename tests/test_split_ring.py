@@ -1771,3 +1771,49 @@ def test_a_run_stands_in_the_inflight_log() -> None:
             ("published", 0, 1, 2),
             ("unpopped", 2),
         ]
+
+
+@pytest.mark.parametrize("heads", [(1, 2), (2, 0)])
+def test_a_run_takes_no_head_that_is_in_use(guest: Guest, heads: tuple[int, int]) -> None:
+    """Whether a chain or the run itself has it."""
+    fill_singles(guest)
+    ring = guest.ring()
+    run = Run(ring, writable=True)
+    guest.offer(2)
+    assert run.pop(8) == 1
+    guest.offer(*heads)
+    assert run.pop(8) == 0 and run.heads == [2]
+    run.to_chains()
+    assert run.pop(8) == 0
+    if heads[0] != 2:
+        assert [chain.head for chain in ring.pop_burst(8)] == [heads[0]]
+    with pytest.raises(DriverError, match="in use"):
+        ring.pop_burst(8)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1, 3)])
+def test_a_run_takes_no_head_twice(guest: Guest, heads: tuple[int, ...]) -> None:
+    fill_singles(guest)
+    ring = guest.ring()
+    guest.offer(*heads)
+    assert Run(ring, writable=True).pop(8) == 0 and ring.outstanding == 0
+    assert len(ring.pop_burst(8)) == len(heads) - 1
+    with pytest.raises(DriverError, match="in use"):
+        ring.pop_burst(8)
+
+
+def test_in_order_a_run_takes_nothing_before_older_chains_are_back(guest: Guest) -> None:
+    fill_singles(guest)
+    ring = guest.ring(IN_ORDER)
+    run = Run(ring, writable=True)
+    guest.offer(0, 1, 2)
+    (oldest,) = ring.pop_burst(1)
+    assert run.pop(8) == 0
+    ring.write_used(oldest)
+    assert run.pop(1) == 1
+    (chain,) = run.to_chains()
+    assert run.pop(8) == 0
+    assert run.adopt([chain]) and run.pop(8) == 1
+    run.give_back([0, 0])
+    ring.publish()
+    assert guest.used() == [(0, 0), (1, 0), (2, 0)]
