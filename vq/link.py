@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from vq.offload import ALL, Offload
 
@@ -84,6 +84,9 @@ class Port(ABC):
     """Called by a port without a file descriptor when frames start to wait in it."""
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
+    none_waits_inside: ClassVar[bool] = False
+    """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
+    read before there is none. A port that keeps frames in this process must be read to the end."""
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()

@@ -81,6 +81,8 @@ T = TypeVar("T")
 class LinuxTapPort(Port):
     """One queue of a Linux tap."""
 
+    none_waits_inside = True
+
     def __init__(self, fd: int, truncated: Callable[[], None]) -> None:
         super().__init__()
         self._fd = fd
