@@ -272,8 +272,11 @@ def test_there_is_no_transport_of_another_name(memory: GuestMemory) -> None:
 def test_an_mmio_queue_is_stopped(memory: GuestMemory) -> None:
     transport = MmioTransport(MmioRegisters(Echo(memory)))
     driver = Driver(transport, memory, RING_FEATURES)
-    driver.probe()
+    driver.negotiate()
+    driver.setup_queue(0)
     assert transport.queue_max_size(0) == 0, "it is in use"
+    assert transport.queue_count == 2, "whether they are in use or not"
+    driver.setup_queue(1)
     transport.stop_queue(0)
     assert transport.active == [1] and transport.queue_max_size(0) == 8
 

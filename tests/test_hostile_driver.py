@@ -8,6 +8,7 @@ import pytest
 
 from vq.abi import DeviceId, Feature, Status
 from vq.device import RING_FEATURES, Device, Queue
+from vq.devices.entropy import EntropyDevice
 from vq.link import LoopbackLink
 from vq.net import NetDevice
 from vq.split_ring import Chain, SplitRing
@@ -52,6 +53,13 @@ def exchange_frames(wired: Wired) -> None:
 test_net_device = hostile_driver_battery(
     lambda: NetDevice(LoopbackLink()), exchange_frames, vias=WIRES
 )
+
+
+def get_random_bytes(wired: Wired) -> None:
+    assert len(wired.request(0, room=64, pieces=17)) == 64
+
+
+test_entropy_device = hostile_driver_battery(EntropyDevice, get_random_bytes)
 
 
 def test_the_battery_has_over_a_hundred_cases_each_with_a_name_of_its_own() -> None:

@@ -324,7 +324,16 @@ def test_everything_is_within_reach_of_the_configuration_space(machine: Machine)
 
 @pytest.mark.parametrize(
     ("offset", "size", "bar"),
-    [(0, 0, 0), (0, 3, 0), (0, 8, 0), (2, 4, 0), (0, 4, 1), (0, 4, 7), (0x2000, 4, 0)],
+    [
+        (0, 0, 0),
+        (0, 3, 0),
+        (0, 8, 0),
+        (2, 4, 0),
+        (0x301, 2, 0),
+        (0, 4, 1),
+        (0, 4, 7),
+        (0x2000, 4, 0),
+    ],
 )
 def test_a_window_on_nothing_shows_nothing(
     memory: GuestMemory, offset: int, size: int, bar: int
@@ -388,6 +397,12 @@ def test_between_the_structures_there_is_nothing(machine: Machine) -> None:
 def test_a_multiplier_that_cannot_be_is_refused(memory: GuestMemory, multiplier: int) -> None:
     with pytest.raises(UsageError, match="multiplier"):
         PciRegisters(Echo(memory), notify_off_multiplier=multiplier)
+
+
+def test_there_are_never_more_vectors_than_msix_has(memory: GuestMemory) -> None:
+    machine = Machine(memory, queues=[("many", 4)] * 2100, msix=True)
+    assert machine.config.read(machine.capability(0x11) + 2, 2) == 2047
+    machine.bring_up()
 
 
 @pytest.mark.parametrize("vectors", [0, 2049, -1])
@@ -672,6 +687,19 @@ def test_what_comes_for_a_masked_vector_waits(memory: GuestMemory, by: str) -> N
     assert len(machine.messages) == 1 and bar.read(0x800, 4) == 0
     machine.kick(0, 2)
     assert len(machine.messages) == 2
+
+
+def test_what_waits_is_not_sent_while_messages_are_off(memory: GuestMemory) -> None:
+    machine = Machine(memory, msix=True)
+    machine.enable_msix()
+    machine.bring_up()
+    machine.write(QUEUE_VECTOR, 1)
+    machine.kick(1, 0)
+    machine.enable_msix(0)
+    machine.set_vector(1, 0xFEE0_0000, 0x41)
+    assert machine.messages == []
+    machine.enable_msix()
+    assert machine.messages == [(0xFEE0_0000, 0x41)]
 
 
 def test_what_waited_is_forgotten_by_a_reset(memory: GuestMemory) -> None:

@@ -27,6 +27,7 @@ import pytest
 from vq import tap_linux
 from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
+from vq.gather import IoVectors
 from vq.link import MAX_FRAME, Frame, Outbox, Places, Port
 from vq.offload import ALL, Offload, legal_tun_flags
 from vq.tap import open_tap
@@ -868,8 +869,11 @@ class LendingRoom:
         self.lengths += lengths
         return self.completes
 
-    def lend_together(self) -> None:
+    def lend_together(self, longest: int) -> None:
         return None
+
+    def commit_together(self, length: int) -> None:
+        raise AssertionError("nothing was lent for it")
 
     def views(self) -> list[memoryview]:
         return []
@@ -966,7 +970,7 @@ def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap)
     with pytest.raises(OSError, match="bad state"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
     with pytest.raises(OSError, match="bad state"):
-        tap.ports[0].read_burst(LendingRoom(2000), 1)
+        tap.ports[0].read_burst(LendingRoom(2000), 64)
 
 
 @needs_tap
@@ -992,13 +996,13 @@ def test_short_frames_are_read_in_their_order_many_at_a_time(namespace: str, tap
             endpoint.sendto(text, (OURS, 7000))
     assert port.read_burst(room, 64) == 64
     room.completes = False
-    assert port.read_burst(room, 5) == 5
+    assert port.read_burst(room, 9) == 9
     room.completes = True
-    assert port.read_burst(room, 128) == 81
+    assert port.read_burst(room, 128) == 77
     assert port.read_burst(room, 64) == 0
     assert [frame[54:] for frame in room.frames] == texts
     completed = [frame[:12] == bytes(10) + b"\7\0" for frame in room.frames]
-    assert completed == [True] * 64 + [False] * 5 + [True] * 81
+    assert completed == [True] * 64 + [False] * 9 + [True] * 77
 
 
 @needs_tap
@@ -1031,12 +1035,48 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
     def submit(*_: object) -> list[int]:
         for number, place in enumerate(room.memory[:4]):
             place[12:] = bytes([number]) * 88
-        return [72, -errno.EAGAIN, 73, 74, -errno.EAGAIN, -errno.EAGAIN]
+        return [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4]
 
     monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
     tap.ports[0].longest = 80
-    assert tap.ports[0].read_burst(room, 6) == 3
+    assert tap.ports[0].read_burst(room, 8) == 3
     assert [frame[12:] for frame in room.frames] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
+
+
+class VectorRoom(LendingRoom):
+    """Lends one place of a hundred bytes and a longer one behind it, for one frame at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.behind = (ctypes.c_ubyte * 3000)()
+        self.vectors = IoVectors(2)
+        self.got: list[bytes] = []
+
+    def lend_apart(self, limit: int, longest: int) -> None:  # type: ignore[override]
+        return None
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]
+        places = [ctypes.addressof(self.memory[0]), ctypes.addressof(self.behind)]
+        self.vectors.put(0, places, [100, longest])
+        return self.vectors, 0, 2
+
+    def commit_together(self, length: int) -> None:
+        self.got.append((bytes(self.memory[0]) + bytes(self.behind))[:length])
+
+
+@needs_tap
+def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: LinuxTap) -> None:
+    """And what is longer than was asked for is not handed over, since it may have been cut."""
+    port, room = tap.ports[0], VectorRoom()
+    tap.set_mtu(3000)
+    port.longest = 1000
+    with udp_socket(namespace) as sender:
+        for size in (10, 700, 958, 959, 20):  # 42 bytes of headers
+            sender.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    assert port.read_burst(room, 64) == 4
+    assert [len(frame) - 54 for frame in room.got] == [10, 700, 958, 20]
+    assert room.got[1][54:] == b"\xbc" * 700
+    assert port.dropped == {"too long": 1} and port.longest == 3022
 
 
 @needs_tap

@@ -5,6 +5,7 @@ The names here are what most programs need; everything else is in the modules, o
 * a guest's RAM and its virtqueues: `vq.memory`, `vq.split_ring`, `vq.abi`
 * device models: `vq.model` and `vq.request` to write your own, `vq.net`, `vq.devices`
 * what a net device is plugged into: `vq.link`, `vq.tap`, `vq.stream`, `vq.pcap_link`
+* a device's registers, for a machine of your own: `vq.mmio`, `vq.pci`
 * the guest's side, for tests: `vq.driver`, `vq.net_driver`
 """
 

@@ -93,7 +93,7 @@ class MmioTransport(RegisterDriver):
         """How many queues the device has: no register says, so they are counted from 0 on."""
         if self._queue_count is None:
             count = 0
-            while count < _MAX_QUEUES and self.queue_max_size(count):
+            while count < _MAX_QUEUES and self._select(count):
                 count += 1
             self._queue_count = count
         return self._queue_count
@@ -102,6 +102,11 @@ class MmioTransport(RegisterDriver):
         """The largest size that a queue may have; 0 where there is none, or it is in use."""
         self._write(R.QUEUE_SEL, index)
         return 0 if self._read(R.QUEUE_READY) else self._read(R.QUEUE_SIZE_MAX)
+
+    def _select(self, index: int) -> int:
+        """Selects a queue, which may be in use; returns the largest size that it may have."""
+        self._write(R.QUEUE_SEL, index)
+        return self._read(R.QUEUE_SIZE_MAX)
 
     def setup_queue(self, index: int, /, *, size: int, desc: int, avail: int, used: int) -> None:
         """Tells the device where a queue's parts are, and enables the queue."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from vq.gather import IoVectors
 from vq.offload import ALL, Offload
@@ -85,8 +85,8 @@ class PlacesRoom(Room, Protocol):
         """
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
-        """Places that the next frame fills one after another, with room for one of `longest` bytes:
-        vectors, the number of the first of them, and how many they are.
+        """Places that the next frame fills one after another, with room for one of `longest` bytes
+        and a byte more: vectors, the number of the first of them, and how many they are.
 
         None when it has to be read into `views`.
         """
@@ -129,6 +129,9 @@ class Port(ABC):
     """Called by a port without a file descriptor when frames start to wait in it."""
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
+    none_waits_inside: ClassVar[bool] = False
+    """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
+    read before there is none. A port that keeps frames in this process must be read to the end."""
     outbox: Outbox | None = None
 
     def __init__(self) -> None:

@@ -123,7 +123,7 @@ class DeviceModel(Device):
     def flush(self) -> None:
         """Gives back at once what was completed outside of handlers. In the device's own thread."""
         if self._working is None:
-            self._work(lambda: None)
+            self._in_turn(lambda: None)
 
     def run_in(self, executor: Executor, work: Callable[[Request], None], request: Request) -> None:
         """Lets an executor do the work on a request; the request is complete when it returns.
@@ -163,8 +163,8 @@ class DeviceModel(Device):
 
         watch = Watch(
             fd,
-            readable=lambda: self._work(readable) if readable is not None else None,
-            writable=lambda: self._work(writable) if writable is not None else None,
+            readable=lambda: self._in_turn(readable) if readable is not None else None,
+            writable=lambda: self._in_turn(writable) if writable is not None else None,
         )
         self.watches.append(watch)
         if self.on_watches_change is not None:
@@ -214,7 +214,7 @@ class DeviceModel(Device):
                 handler(requests)
             more = bool(requests) or ring.enable_kicks()
 
-        self._work(step, queue.name)
+        self._in_turn(step, queue.name)
         return more
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -231,7 +231,7 @@ class DeviceModel(Device):
         if taken < len(data):
             self.stats["config_writes_ignored"] += 1
         if written:
-            self._work(lambda: self.config_written(written))
+            self._in_turn(lambda: self.config_written(written))
 
     def queue_stopping(self, queue: Queue) -> None:
         """Waits for the work that threads do, and puts back what the model still holds.
@@ -279,7 +279,7 @@ class DeviceModel(Device):
 
         return start
 
-    def _work(self, step: Callable[[], None], what: str = "a callback") -> None:
+    def _in_turn(self, step: Callable[[], None], what: str = "a callback") -> None:
         """Does one thing, then gives back what was completed, then sees to what was kicked then."""
         if self._working is not None:
             step()

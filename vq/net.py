@@ -300,7 +300,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        self._catch_up()
+        if self._interrupted:
+            self._catch_up()
         return more
 
     def _catch_up(self) -> None:
@@ -313,13 +314,6 @@ class NetDevice(Device):
                 self.notify(self._interrupted.pop(0))
         finally:
             self._catching_up = False
-
-    def _holds(self, queue: Queue, ring: SplitRing) -> bool:
-        """Whether `ring` is still ours to work on.
-
-        A driver may act from within any notification. After a reset the memory is its own again.
-        """
-        return self.ready_ring(queue) is ring
 
     def close(self) -> None:
         """Closes the link."""
@@ -445,7 +439,7 @@ class NetDevice(Device):
         backlog = self._backlogs.get(queue.index)
         if backlog is None:
             return False
-        if backlog and not (self._send_backlog(queue, ring) and self._holds(queue, ring)):
+        if backlog and not (self._send_backlog(queue, ring) and self.holds(queue, ring)):
             return False
         ring.disable_kicks()
         for _ in range(BURSTS_PER_TURN):
@@ -454,17 +448,18 @@ class NetDevice(Device):
                 chains, sent = self._send_plain(queue, ring)
                 if sent:
                     self.publish(queue)
-                    if not self._holds(queue, ring):
+                    if not self.holds(queue, ring):
                         return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
                 blocked = not self._send(queue, ring, burst.frames, burst.owners)
-                if self._holds(queue, ring):
-                    ring.write_used_burst(burst.dropped)
+                if self.holds(queue, ring):
+                    if burst.dropped:
+                        ring.write_used_burst(burst.dropped)
                     self.publish(queue)
-                if not self._holds(queue, ring):
+                if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
                     if not self.inject(answer):
@@ -515,7 +510,7 @@ class NetDevice(Device):
         if not frames:
             return True
         sent = self._write(self._port_index(queue), frames)
-        if not self._holds(queue, ring):
+        if not self.holds(queue, ring):
             return False
         done = owners if sent == len(owners) else owners[:sent]
         ring.write_used_burst([chain for chain in done if chain is not None])
@@ -563,9 +558,9 @@ class NetDevice(Device):
             if self._port_feeds(queue):
                 more = self._read_bursts(queue, ring, window)
         finally:
-            if self._holds(queue, ring) and window.flush():
+            if self.holds(queue, ring) and window.flush():
                 self.publish(queue)
-        if not self._holds(queue, ring):
+        if not self.holds(queue, ring):
             return False
         if window.starved:
             if ring.enable_kicks():
@@ -579,16 +574,27 @@ class NetDevice(Device):
         """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
         port = self.link.ports[index]
+        # Where frames come one at a time there is no look for a second one: the event loop has its
+        # own, and to find nothing is an exception, which takes as long as a frame does.
+        alone = window.pace.begin() and port.none_waits_inside
+        frames = 0
         try:
             for _ in range(BURSTS_PER_TURN):
-                moved = port.read_burst(window, BURST)
-                if self._holds(queue, ring) and window.flush():
+                moved = port.read_burst(window, 1 if alone else BURST)
+                frames += moved
+                if not self.holds(queue, ring):
+                    return False
+                if window.flush():
                     self.publish(queue)
-                if moved < BURST or not self._holds(queue, ring):
+                    if not self.holds(queue, ring):
+                        return False
+                if alone or moved < BURST:
                     return False
         except OSError as error:
             self._port_broke(index, error)
             return False
+        finally:
+            window.pace.end(frames)
         return True
 
     def _port_feeds(self, queue: Queue) -> bool:
@@ -738,7 +744,7 @@ class NetDevice(Device):
     def _want_readable(self, queue: Queue, reading: bool) -> None:
         if queue.index // 2 < len(self._port_watches):
             watch = self._port_watches[queue.index // 2]
-            if watch is not None:
+            if watch is not None and not (reading and watch.reading):
                 watch.want(reading=reading and self._port_feeds(queue))
 
     def _watch_writing(self, port_index: int) -> None:
@@ -768,14 +774,14 @@ class NetDevice(Device):
                     section="5.1.6.5",
                 )
             done = carry_out(self, copy_range(chain.readable, 0, MAX_COMMAND + 1))
-            if not self._holds(queue, ring):
+            if not self.holds(queue, ring):
                 return False
             chain.writable[0][0] = CTRL_OK if done else CTRL_ERR
             chain.written = 1
             ring.write_used(chain)
             self.stats["control_commands" if done else "control_refused"] += 1
         self.publish(queue)
-        return self._holds(queue, ring) and (bool(chains) or ring.enable_kicks())
+        return self.holds(queue, ring) and (bool(chains) or ring.enable_kicks())
 
 
 def _payload(frames: Sequence[Frame]) -> int:

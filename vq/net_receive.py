@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
 from vq.split_ring import Chain, Run, SplitRing
 
-__all__ = ["ReceiveWindow"]
+__all__ = ["Pace", "ReceiveWindow"]
 
 _REFILL = 64
 _MOST_WAITING = 64
@@ -41,13 +42,39 @@ _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
 _SHORTEST = NET_HDR_SIZE + _START
 """Shorter buffers are held as chains."""
-_MOST_LENT = 256
-_VECTORS = 1024
+_MOST_LENT = 1000  # the kernel takes 1024 vectors at a time
+_VECTORS = 2048
 _NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * _REFILL)
 _ZEROS = memoryview(bytes(_REFILL))
+
+
+class Pace:
+    """Whether frames come one at a time, as far as one can tell.
+
+    So they do when the last turn had one only, and rested for longer than it worked. Both are of
+    this machine and its load, so that nothing is to be set.
+    """
+
+    __slots__ = ("_alone", "_began", "_ended")
+
+    def __init__(self) -> None:
+        self._alone = False
+        self._began = self._ended = 0.0
+
+    def begin(self) -> bool:
+        """A turn begins: whether to expect one frame."""
+        now = time.monotonic()
+        alone = self._alone and now - self._ended > self._ended - self._began
+        self._began = now
+        return alone
+
+    def end(self, frames: int) -> None:
+        """The turn ends; it had so many frames."""
+        self._ended = time.monotonic()
+        self._alone = frames == 1
 
 
 class ReceiveWindow:
@@ -70,6 +97,8 @@ class ReceiveWindow:
         """The longest frame in bytes that may come without segmentation left undone."""
         self.starved = False
         """Whether frames wait for room, here or in the link; for the device to set back."""
+        self.pace = Pace()
+        """How frames come; for the device to note."""
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
@@ -188,7 +217,7 @@ class ReceiveWindow:
         self._usual.give_back()
         run = self._usual.run
         if len(run) < limit:
-            run.pop(_REFILL)
+            self._usual.refill()
         if run.shortest <= NET_HDR_SIZE + longest:
             return None
         return run.addresses[:limit], run.lengths[:limit]
@@ -223,7 +252,7 @@ class ReceiveWindow:
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
         """See `vq.link.PlacesRoom`."""
-        if not self._mergeable or not self._holds_usual():
+        if not self._usual.left and not self._holds_usual():
             return None
         return self._usual.lend(NET_HDR_SIZE + longest)
 
@@ -244,10 +273,16 @@ class ReceiveWindow:
             return
         if self._over_mtu(header, payload):
             return
-        written = usual.spread(length) if length > run.lengths[at] else (length,)
-        if written is None:
-            self._commit_as_chains(length)
-            return
+        written: Sequence[int] = (length,)
+        if length > run.lengths[at]:
+            if not self._mergeable:
+                self._drop("longer than the receive buffer")
+                return
+            spread = usual.spread(length)
+            if spread is None:
+                self._commit_as_chains(length)
+                return
+            written = spread
         _NUM_BUFFERS.pack_into(memory, start + 10, len(written))  # 5.1.6.4
         usual.use(written)
         self._count(payload)
@@ -269,7 +304,7 @@ class ReceiveWindow:
         """Whether there are usual buffers to use; takes or finds some if none are held."""
         if self.private or self._pending:
             return False
-        if len(self._usual):
+        if self._usual.left:
             return True
         if self._chains:
             self._detour -= 1
@@ -278,8 +313,8 @@ class ReceiveWindow:
             self._detour = _DETOUR
         self._give_back()  # the older ones first
         if not self._chains:
-            return bool(self._usual.run.pop(_REFILL))
-        if not self._usual.run.adopt(self._chains):
+            return self._usual.refill()
+        if not self._usual.adopt(self._chains):
             return False
         self._chains = []
         return True
@@ -287,7 +322,7 @@ class ReceiveWindow:
     def _leave_usual(self) -> None:
         """Goes over to chains."""
         self._usual.give_back()
-        if len(self._usual):
+        if self._usual.left:
             self._detour = _DETOUR
             self._keep(self._usual.to_chains())
 
@@ -518,14 +553,16 @@ class ReceiveWindow:
 class _UsualBuffers:
     """Receive buffers of the usual kind: held in a run, and shown to the kernel as vectors.
 
-    Frames stand in the first `used` of them, which the ring gets back all at once.
+    Frames stand in the first `used` of them, which the ring gets back all at once; `left` are for
+    frames to come.
     """
 
     def __init__(self, ring: SplitRing, spill: memoryview) -> None:
         self.run = Run(ring, writable=True)
         self.used = 0
+        self.left = 0
         self.lent = 0
-        """How many were lent for the next frame, from the first not used."""
+        """How many of those left were lent for the next frame."""
         self.given_back = False
         """Whether used elements were written; for the window to set back."""
         self._written: list[int] = []
@@ -535,26 +572,38 @@ class _UsualBuffers:
         self._first = 0  # the vector of the run's first buffer
         self._shown = 0  # buffers that have a vector; the spill's is behind them
 
-    def __len__(self) -> int:
-        return len(self.run.heads) - self.used
+    def refill(self) -> bool:
+        """Takes more buffers; whether there were any."""
+        taken = self.run.pop(_REFILL)
+        self.left += taken
+        return taken > 0
+
+    def adopt(self, chains: Sequence[Chain]) -> bool:
+        """Takes over chains if all of them are of the usual kind. Nothing is held."""
+        if not self.run.adopt(chains):
+            return False
+        self.left = len(chains)
+        return True
+
+    def to_chains(self) -> list[Chain]:
+        """Goes over to chains. All used ones were given back."""
+        self._shown = self.left = 0
+        return self.run.to_chains()
 
     def lend(self, room: int) -> tuple[IoVectors, int, int] | None:
-        """Vectors for `room` bytes; the spill is among them where buffers are too few for that.
+        """Vectors for more than `room` bytes; the spill is among them where buffers are too few.
 
         None when the buffers are too short for this way.
         """
-        run = self.run
-        if run.shortest < _SHORTEST:
+        shortest = self.run.shortest
+        if shortest < _SHORTEST or (wanted := 2 + room // shortest) > _MOST_LENT:
             return None
-        wanted = min(1 + room // run.shortest, _MOST_LENT)
-        held = len(run.heads)
-        if self.used + wanted > held:
-            run.pop(_REFILL)
-            held = len(run.heads)
-        if held > self._shown:
+        if self.left < wanted:
+            self.refill()
+        if self.used + self.left > self._shown:
             self._show()
-        self.lent = min(wanted, len(run.heads) - self.used)
-        return self._vectors, self._first + self.used, self.lent + (self.lent < wanted)
+        self.lent = lent = min(wanted, self.left)
+        return self._vectors, self._first + self.used, lent + (lent < wanted)
 
     def spread(self, length: int) -> list[int] | None:
         """The bytes in each buffer of a frame that fills several; None if there are too few.
@@ -562,12 +611,18 @@ class _UsualBuffers:
         What stands in the spill is copied to where it belongs.
         """
         run, at = self.run, self.used
+        size = run.lengths[at]
+        full, rest = divmod(length - 1, size)
+        written = run.lengths[at : at + full + 1]
+        if full < self.lent and written.count(size) == full + 1:  # all as long as the first
+            written[full] = rest + 1  # all but the last are full (5.1.6.4.1)
+            return written
         ends = list(accumulate(run.lengths[at : at + self.lent]))
         if length > ends[-1]:
             spilled = length - ends[-1]
             more = run.lengths[at + self.lent :]
             while sum(more) < spilled:
-                if not run.pop(_REFILL):
+                if not self.refill():
                     return None
                 more = run.lengths[at + self.lent :]
             ends += accumulate(more, initial=ends.pop())
@@ -577,12 +632,13 @@ class _UsualBuffers:
         else:
             last = bisect_left(ends, length)
         written = run.lengths[at : at + last + 1]
-        written[last] -= ends[last] - length  # all but the last are full (5.1.6.4.1)
+        written[last] -= ends[last] - length
         return written
 
     def use(self, written: Sequence[int]) -> None:
         """Frames stand in the next buffers, so many bytes in each."""
         self.used += len(written)
+        self.left -= len(written)
         self._written += written
 
     def give_back(self) -> None:
@@ -592,11 +648,6 @@ class _UsualBuffers:
             self._first += self.used
             self._shown = max(0, self._shown - self.used)
             self.used, self._written, self.given_back = 0, [], True
-
-    def to_chains(self) -> list[Chain]:
-        """Goes over to chains. All used ones were given back."""
-        self._shown = 0
-        return self.run.to_chains()
 
     def _show(self) -> None:
         """Gives each buffer its vector."""

@@ -28,6 +28,7 @@ Where the specification leaves an outcome open:
   notify_off_multiplier is 0, when its value says which.
 - ISR status is read, and cleared, by any access that begins at its first byte.
 - The PCI configuration access capability reaches the BAR of the structures only.
+- The command register's bus master bit is not looked at, as in vmd.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from vq.abi import (
 )
 from vq.device import Device
 from vq.errors import UsageError
-from vq.pci_function import ConfigSpace, MsixTable
+from vq.pci_function import MAX_VECTORS, ConfigSpace, MsixTable
 from vq.registers import RegisterBlock, RegisterTransport, ignore_access
 
 __all__ = ["PciFunction", "PciRegisters"]
@@ -395,7 +396,7 @@ class PciFunction(PciRegisters):
         )
         msix = None
         if message is not None:
-            count = device.queue_count + 1 if vectors is None else vectors
+            count = min(device.queue_count + 1, MAX_VECTORS) if vectors is None else vectors
             msix = MsixTable(self.config, _BAR_MSIX, count, message)
         super().__init__(device, interrupt, notify_off_multiplier=notify_off_multiplier, msix=msix)
         structures = _StructuresBar(self)

@@ -43,7 +43,7 @@ def ignore_access(stats: Counter[str], reason: str, *place: int) -> int:
     `place` are numbers for the log.
     """
     stats[f"register_ignored: {reason}"] += 1
-    log.debug("access ignored: %s %s", reason, [hex(number) for number in place])
+    log.debug("access ignored: %s %s", reason, place)
     return 0
 
 

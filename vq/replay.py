@@ -17,7 +17,7 @@ from vq import serve
 from vq.device import Device
 from vq.errors import UsageError
 from vq.recording.format import RecordingReader
-from vq.recording.replay import Difference, Replay
+from vq.recording.player import Difference, Replay
 from vq.recording.show import as_json, describe
 
 __all__ = ["add_arguments", "run"]
@@ -49,15 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        metavar="DEVICE",
-        help="the device, one of those that `vq serve` knows or MODULE:CLASS; needed for devices"
-        " that have files or sockets of the host's",
-    )
-    parser.add_argument(
-        "options",
-        metavar="-- OPTION",
-        nargs="*",
-        help="with --device, the options that `vq serve` would give it",
+        nargs=argparse.REMAINDER,
+        metavar="WORD",
+        help="behind all other options: the device and its options, as they stand behind"
+        " `vq serve`; needed for devices that have files or sockets of the host's",
     )
 
 
@@ -66,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises `CaptureError` for what is no recording, `UsageError`, and `OSError`.
     """
-    if args.options and args.device is None:
-        raise UsageError("options are for a device that is named: --device DEVICE -- OPTION ...")
+    if args.device == []:
+        raise UsageError("--device takes a device and its options, as vq serve does")
     if args.show:
         return _show(args)
     session = Replay(args.file)
@@ -93,7 +88,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _make_device(session: Replay, args: argparse.Namespace, stack: ExitStack) -> Device:
     """The device that was recorded, or that was named, plugged into the recording's link."""
-    words: list[str] = [args.device, *args.options] if args.device else session.header.served
+    words: list[str] = args.device or session.header.served
     if not words:
         raise UsageError(
             f"the recording does not say how its device is made: name it with --device"
@@ -103,7 +98,7 @@ def _make_device(session: Replay, args: argparse.Namespace, stack: ExitStack) ->
     if not args.device and not kind.needs_nothing_of_the_host:
         raise UsageError(
             f"a {words[0]} device has files or sockets of the host's: name it with --device"
-            f" {words[0]} -- OPTION ..., and give it copies"
+            f" {words[0]} ..., and give it copies"
         )
     return kind.open_for_replay(options, session.link, stack)
 

@@ -79,6 +79,8 @@ ETHER_HEADER = 14
 TAGS = 8
 """Two VLAN tags, which do not count towards the MTU."""
 IOV_MAX = 1024
+_LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
+"""Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -174,6 +176,8 @@ class LinuxTapPort(Port):
     kernel has that and the frames are short.
     """
 
+    none_waits_inside = True
+
     def __init__(self, fd: int, truncated: Callable[[], None]) -> None:
         super().__init__()
         self._fd = fd
@@ -181,6 +185,7 @@ class LinuxTapPort(Port):
         self._header = bytearray(NET_HDR_SIZE)
         self._beyond = bytearray(1)
         self._likely = _FEW
+        self._longest_usual = _LONGEST_SEGMENTED
         self.longest = MAX_FRAME
         """The longest frame that is expected, in bytes."""
         self.active = True
@@ -249,9 +254,15 @@ class LinuxTapPort(Port):
         moved = 0
         try:
             while moved < limit:
-                if lend_together and (places := lend_together(self.longest)):
+                longest = min(self.longest, self._longest_usual)
+                if lend_together and (places := lend_together(longest)):
                     vectors, first, count = places
-                    commit_together(vectors.read(self._fd, first, count))
+                    length = vectors.read(self._fd, first, count)
+                    if length > NET_HDR_SIZE + longest:
+                        self._longest_usual = MAX_FRAME
+                        self._too_long()
+                        continue
+                    commit_together(length)
                     moved += 1
                     continue
                 views = room.views()
@@ -259,8 +270,7 @@ class LinuxTapPort(Port):
                     break
                 length = self._read_frame(views)
                 if length > len(views[0]) and length > sum(map(len, views)):
-                    self.dropped["too long"] += 1
-                    self._truncated()
+                    self._too_long()
                     continue
                 room.commit(bytes(self._header), length)
                 moved += 1
@@ -284,7 +294,7 @@ class LinuxTapPort(Port):
         The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
         """
         batches, longest = self._batches, self.longest
-        if batches is None:
+        if batches is None or limit < _FEW:
             return None
         moved = 0
         while moved < limit:
@@ -313,8 +323,7 @@ class LinuxTapPort(Port):
         lengths: list[int] = []
         for index, result in enumerate(results):
             if result >= sizes[index]:  # cut
-                self.dropped["too long"] += 1
-                self._truncated()
+                self._too_long()
             elif result > 0:
                 if len(lengths) < index:  # one came after there had been none
                     ctypes.memmove(addresses[len(lengths)], addresses[index], result)
@@ -324,6 +333,11 @@ class LinuxTapPort(Port):
         if lengths and max(lengths) > NET_HDR_SIZE + self.longest:
             self._truncated()  # the MTU has changed
         return lengths
+
+    def _too_long(self) -> None:
+        """Drops a frame that may have been cut; the MTU has changed, or is meant to hold more."""
+        self.dropped["too long"] += 1
+        self._truncated()
 
     def _refused(self, frame: Frame, error: OSError) -> None:
         """Counts a frame that the kernel did not take, or raises when no frame can be taken."""

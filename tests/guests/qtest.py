@@ -51,7 +51,7 @@ class Machine:
             except TimeoutError:
                 self._process.close()
                 raise AssertionError(f"QEMU does not come up: {log.read_text()}") from None
-        self._socket.settimeout(10)
+        self._socket.settimeout(60)
         self._received = b""
         self.command("irq_intercept_in ioapic")
 

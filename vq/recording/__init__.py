@@ -7,8 +7,8 @@ same before a device once more and says where it does otherwise: the recording i
 """
 
 from vq.recording.format import Event, Header, Kind, RecordingReader, RecordingWriter
+from vq.recording.player import Difference, Replay, replay
 from vq.recording.recorder import Recorder
-from vq.recording.replay import Difference, Replay, replay
 from vq.recording.show import describe
 
 __all__ = [

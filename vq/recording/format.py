@@ -2,8 +2,10 @@
 
 A recording begins with eight bytes, ``VQREC`` and three that give the version; four bytes of the
 header's length, little-endian as everything here; and the header, a JSON object that says what was
-recorded (`Header`). The rest is one zlib stream (RFC 1950) of events, flushed several times a
-second, so that the recording of a process that was killed can be read up to then. An event is
+recorded (`Header`). The rest are pieces, each of some events: four bytes that tell how long it is
+in the file, four how long in truth, and the piece, compressed (RFC 1950) if the two differ. Pieces
+are written several times a second: the recording of a process that was killed is good up to then.
+An event is
 
 ====================  ==========================================================================
 ``u8 kind``           one of `Kind`
@@ -15,8 +17,9 @@ second, so that the recording of a process that was killed can be read up to the
 bytes                 the strings, one after another
 ====================  ==========================================================================
 
-`Kind` says what the numbers and strings of each event are. Writing is done by a thread; the one
-that records only puts events into its hands.
+`Kind` says what the numbers and strings of each event are. A sample of bytes that are only compared
+is all of up to 256; of more, a digest of eight bytes (BLAKE2b) and the first 64. Writing is done by
+a thread; the one that records only puts events into its hands.
 """
 
 from __future__ import annotations
@@ -50,6 +53,11 @@ _MOST_WAITING = 64 << 20
 """Bytes that wait for the disk at most; then the device waits, too."""
 _SECONDS_BETWEEN_FLUSHES = 0.2
 _PIECE = 1 << 18
+"""Bytes of events in a piece, or one event that is longer."""
+_MUCH_WAITING = 8 << 20
+"""Bytes that wait for the disk when there is no time to compress them."""
+_SAMPLE = 8192
+_PIECE_HEAD = struct.Struct("<II")
 
 
 class Kind(enum.IntEnum):
@@ -84,9 +92,9 @@ class Kind(enum.IntEnum):
     """Frames wait in a link's port [port]."""
     LINK_WRITABLE = 12
     """A link's port takes frames again [port]."""
-    LINK_CHANGED = 14
+    LINK_CHANGED = 13
     """A link came or went [as `LINK_IS`]."""
-    HOST = 13
+    HOST = 14
     """The host does something to the device [; the method's name, its arguments as JSON]."""
 
     CHAINS = 20
@@ -104,14 +112,14 @@ class Kind(enum.IntEnum):
     """The link's state [accepts, delivers, whether it is up, its MTU or 0]."""
 
     USED = 40
-    """Chains go back to the driver [queue, head and length of each; the bytes of each]."""
+    """Chains go back to the driver [queue, head and length of each; a sample of the bytes of
+    each]."""
     CALL = 41
     """The device calls [queue]."""
     CONFIG_CHANGED = 42
     """The device says that its configuration, or its need of a reset, changed [status]."""
     LINK_OUTPUT = 43
-    """Frames go to the link [port, length of each; the net header, a digest and the first bytes of
-    each]."""
+    """Frames go to the link [port, length of each; the net header and a sample of each]."""
     LINK_ASKED = 44
     """The device asks the link [0 for offloads or 1 for ports in use, the value]."""
 
@@ -232,7 +240,6 @@ class RecordingWriter:
 
     def _run(self) -> None:
         """The thread: compresses and writes what comes."""
-        packer = zlib.compressobj(1)
         try:
             with self._file as file:
                 while not self._stop.wait(_SECONDS_BETWEEN_FLUSHES) or self._events:
@@ -240,11 +247,12 @@ class RecordingWriter:
                         continue
                     while self._events:
                         piece = self._take()
-                        file.write(packer.compress(piece))
+                        hurry = self._written - self._stored > _MUCH_WAITING
+                        packed = piece if hurry else _compressed(piece)
+                        file.write(_PIECE_HEAD.pack(len(packed), len(piece)))
+                        file.write(packed)
                         self._stored += len(piece)
-                    file.write(packer.flush(zlib.Z_SYNC_FLUSH))
                     file.flush()
-                file.write(packer.flush())
         except OSError as error:
             self.ended = error.strerror or str(error)
             self._events.clear()
@@ -336,28 +344,55 @@ class RecordingReader:
 
 
 class _Stream:
-    """Bytes of a file's zlib stream, as many as are asked for or as there are."""
+    """Bytes of a file's pieces, as many as are asked for or as there are."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
         self._name = name
-        self._unpacker = zlib.decompressobj()
-        self._have = bytearray()
+        self._have = b""
+        self._at = 0
 
     def take(self, length: int) -> bytes:
-        while len(self._have) < length:
-            piece = self._file.read(65536)
+        """So many bytes; none where there are not so many any more."""
+        while len(self._have) - self._at < length:
+            piece = self._next_piece()
             if not piece:
-                break
-            try:
-                self._have += self._unpacker.decompress(piece)
-            except zlib.error as error:
-                raise CaptureError(f"{self._name} is damaged: {error}") from None
-        if len(self._have) < length:
-            return b""
-        taken = bytes(self._have[:length])
-        del self._have[:length]
+                return b""
+            self._have = self._have[self._at :] + piece
+            self._at = 0
+        taken = self._have[self._at : self._at + length]
+        self._at += length
         return taken
+
+    def _next_piece(self) -> bytes:
+        head = self._file.read(_PIECE_HEAD.size)
+        if len(head) < _PIECE_HEAD.size:
+            return b""
+        packed, length = _PIECE_HEAD.unpack(head)
+        if not packed <= length <= _MOST_IN_EVENT + _PIECE:
+            raise CaptureError(f"{self._name} is damaged: a piece of {length} bytes in {packed}")
+        data = self._file.read(packed)
+        if len(data) < packed:
+            return b""
+        if packed == length:
+            return data
+        unpacker = zlib.decompressobj()
+        try:
+            piece = unpacker.decompress(data, length)
+        except zlib.error as error:
+            raise CaptureError(f"{self._name} is damaged: {error}") from None
+        if len(piece) < length:
+            raise CaptureError(f"{self._name} is damaged: a piece is too short")
+        return piece
+
+
+def _compressed(piece: bytes) -> bytes:
+    """The piece, compressed if that makes it shorter; a sample tells whether it may."""
+    sample = piece[:_SAMPLE]
+    if 10 * len(zlib.compress(sample, 1)) > 9 * len(sample) and len(piece) > _SAMPLE:
+        return piece
+    packed = zlib.compress(piece, 1)
+    return packed if len(packed) < len(piece) else piece
 
 
 @lru_cache(maxsize=1024)

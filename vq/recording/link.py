@@ -7,7 +7,6 @@ frames that came, when they came, and keeps what the device sends.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,34 +15,22 @@ from vq.link import MAX_FRAME, Frame, Link, Port, Room, scatter
 from vq.offload import Offload
 from vq.packet import copy_range
 from vq.recording.format import Kind, RecordingWriter
+from vq.recording.sample import Sample
 
 __all__ = ["Listener", "RecordedLink", "RecordedPort", "SentFrame", "describe_link", "state_of"]
-
-_SHOWN = 64
-"""Bytes of a frame that is sent that are kept; for the rest there is a digest."""
 
 
 class SentFrame(NamedTuple):
     """A frame that the device gave to the link."""
 
-    length: int
-    """In bytes, without the net header."""
     header: bytes
-    start: bytes
-    """The first bytes of the frame."""
-    digest: bytes
-    """Of all of it."""
+    """Its net header."""
+    data: Sample
 
     @classmethod
     def of(cls, frame: Frame) -> SentFrame:
         """Looks at a frame, whose first piece is its net header."""
-        digest = hashlib.blake2b(digest_size=8)
-        length = 0
-        for piece in frame[1:]:
-            digest.update(piece)
-            length += len(piece)
-        start = copy_range(frame[1:], 0, min(length, _SHOWN))
-        return cls(length, bytes(frame[0]), start, digest.digest())
+        return cls(bytes(frame[0]), Sample.of(frame[1:]))
 
 
 def describe_link(link: Link) -> dict[str, Any]:
@@ -86,8 +73,8 @@ class Listener:
         sent = sent[:count]
         self._writer.write(
             Kind.LINK_OUTPUT,
-            (port, *(frame.length for frame in sent)),
-            [frame.header + frame.digest + frame.start for frame in sent],
+            (port, *(frame.data.length for frame in sent)),
+            [frame.header + frame.data.pack() for frame in sent],
         )
         if count < len(frames):
             self._writer.write(Kind.LINK_FULL, [port])

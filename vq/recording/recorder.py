@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+from vq.abi import Status
 from vq.device import Device, Watch
 from vq.link import Link, Port
 from vq.memory import GuestMemory
@@ -217,7 +218,8 @@ class Recorder:
         return self._inside(method, *args)
 
     def _config_changed(self, tell: Callable[[], None]) -> None:
-        self._writer.write(Kind.CONFIG_CHANGED, [self.device.status])
+        if self.device.status & Status.DRIVER_OK and self.device.on_config_change is not None:
+            self._writer.write(Kind.CONFIG_CHANGED, [self.device.status])
         tell()
 
     # --- in front of the link -------------------------------------------------------------------

@@ -16,9 +16,10 @@ from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, ring_layout
 from vq.errors import AddressError, CaptureError, DriverError
 from vq.memory import GuestMemory, order_loads
 from vq.recording.format import Kind, RecordingWriter
+from vq.recording.sample import Sample
 from vq.split_ring import SplitRing
 
-__all__ = ["Found", "FoundChain", "RecordingRing"]
+__all__ = ["Found", "FoundChain", "RecordingRing", "sample_of"]
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _ELEMENT = struct.Struct("<II")
@@ -136,6 +137,18 @@ class Found:
         memory.store16(avail + 2, self.index)
 
 
+def sample_of(memory: GuestMemory, buffers: Iterable[tuple[int, int]], written: int) -> Sample:
+    """The first `written` bytes of a chain's device-writable buffers."""
+    pieces: list[memoryview] = []
+    for gpa, length in buffers:
+        if written <= 0:
+            break
+        with suppress(AddressError):
+            pieces += memory.views(gpa, min(length, written))
+        written -= length
+    return Sample.of(pieces)
+
+
 class RecordingRing(SplitRing):
     """A ring that writes down what it finds before it is used, and what goes back."""
 
@@ -195,7 +208,7 @@ class RecordingRing(SplitRing):
                 place = self._used_gpa_of_ring + 8 * (position & (self.size - 1))
                 head, written = _ELEMENT.unpack(self.memory.read(place, 8))
                 numbers += (head, written)
-                strings.append(self._read_written(head, written))
+                strings.append(sample_of(self.memory, self._writable.pop(head, []), written).pack())
             self._told = self.next_used
             self._writer.write(Kind.USED, numbers, strings)
         return super().publish()
@@ -225,16 +238,6 @@ class RecordingRing(SplitRing):
                 heads.append(self.memory.load16(self._avail_gpa + 4 + 2 * slot))
         self._write_found(index, self._seen, heads, in_ring=True)
         self._seen = index
-
-    def _read_written(self, head: int, written: int) -> bytes:
-        pieces = []
-        for gpa, length in self._writable.pop(head, ()):
-            if written <= 0:
-                break
-            with suppress(AddressError):
-                pieces.append(self.memory.read(gpa, min(length, written)))
-            written -= length
-        return b"".join(pieces)
 
     def _write_found(
         self, index: int, position: int, heads: Iterable[int], *, in_ring: bool

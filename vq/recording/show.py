@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from vq.abi import DeviceId, Feature, NetFeature, Status, feature_names
+from vq.errors import CaptureError
 from vq.offload import Offload
 from vq.recording.format import Event, Header, Kind, RecordingReader
 from vq.recording.ring import Found, FoundChain
+from vq.recording.sample import Sample
 
 __all__ = ["as_json", "describe", "describe_header"]
 
@@ -24,11 +26,14 @@ def describe(reader: RecordingReader, *, data: bool = False) -> Iterator[str]:
     words = _Words(reader.header, data)
     number = 0
     for event in reader:
-        if event.kind.is_cause:
-            number += 1
-            yield f"{number:6} {event.seconds:12.6f}  {words.line(event)}"
-        elif event.kind is not Kind.END:
-            yield from (" " * 23 + line for line in words.lines(event))
+        try:
+            if event.kind.is_cause:
+                number += 1
+                yield f"{number:6} {event.seconds:12.6f}  {words.line(event)}"
+            elif event.kind is not Kind.END:
+                yield from (" " * 23 + line for line in words.lines(event))
+        except (IndexError, ValueError) as error:
+            raise CaptureError(f"{reader.path} is damaged: {error}") from error
     if not reader.complete:
         yield "the recording ends here without an end: the process was killed, or still runs"
 
@@ -154,7 +159,8 @@ class _Words:
                 yield f"the link delivers {_offloads(numbers[1])}, {'up' if numbers[2] else 'down'}"
             case Kind.USED:
                 for head, length, data in zip(numbers[1::2], numbers[2::2], strings, strict=True):
-                    wrote = f", {length} bytes written: {self._bytes(data)}" if length else ""
+                    wrote = f", {length} bytes written: {self._sample(length, data)}"
+                    wrote = wrote if length else ""
                     yield f"{self._queue(numbers[0])}: {head} given back{wrote}"
             case Kind.CALL:
                 yield f"{self._queue(numbers[0])}: call"
@@ -163,8 +169,7 @@ class _Words:
             case Kind.LINK_OUTPUT:
                 for length, data in zip(numbers[1:], strings, strict=True):
                     yield (
-                        f"port {numbers[0]} gets {length} bytes:"
-                        f" {self._bytes(data[:12] + data[20:], whole=length + 12)}"
+                        f"port {numbers[0]} gets {length} bytes: {self._sample(length, data[12:])}"
                     )
             case Kind.LINK_ASKED:
                 asked = _offloads(numbers[1]) if numbers[0] == 0 else f"{numbers[1]} ports"
@@ -184,9 +189,13 @@ class _Words:
             parts += [f"room for {room}"] if room else []
             yield f"{queue}: {chain.head} available{table}, {', '.join(parts) or 'empty'}"
 
-    def _bytes(self, data: bytes, whole: int | None = None) -> str:
-        more = " ..." if (whole or len(data)) > min(len(data), self._most) else ""
-        return data[: self._most].hex(" ") + more
+    def _bytes(self, data: bytes) -> str:
+        return data[: self._most].hex(" ") + (" ..." if len(data) > self._most else "")
+
+    def _sample(self, length: int, data: bytes) -> str:
+        sample = Sample.unpack(length, data)
+        shown = sample.start[: self._most]
+        return shown.hex(" ") + (" ..." if length > len(shown) else "")
 
     def _queue(self, index: int) -> str:
         return _queue_name(self._header, index)

@@ -26,7 +26,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Status, ring_layout
+from vq.abi import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    Feature,
+    Status,
+    ring_layout,
+)
 from vq.device import Device
 from vq.driver import DeviceError, DriverRing, GuestBuffer
 from vq.errors import AddressError, DriverError, UsageError, VqError
@@ -37,6 +44,7 @@ __all__ = [
     "HOLE",
     "MEMORY",
     "Case",
+    "ChainPlan",
     "Desc",
     "DeviceBroke",
     "Exercise",
@@ -79,6 +87,19 @@ class Desc(NamedTuple):
     addr: int
     length: int
     flags: int = 0
+
+
+class ChainPlan(NamedTuple):
+    """A chain to be, good or bad; `Stage.put` makes it available."""
+
+    descs: tuple[Desc, ...]
+    in_table: bool = False
+    """Whether they stand in an indirect table, if INDIRECT_DESC was negotiated."""
+    loop_to: int | None = None
+    last_next: int | None = None
+    """As in `Stage.chain`."""
+    fault: str | None = None
+    """The rule that it breaks, if it breaks one."""
 
 
 class Case(NamedTuple):
@@ -222,6 +243,14 @@ class Stage:
                 self.lend(desc.addr, desc.length)
         self._tables[start] = sum(map(self._room_in, descs))
         return start, length
+
+    def put(self, plan: ChainPlan) -> list[int]:
+        """Makes a planned chain available; returns the places of its descriptors in the ring."""
+        descs, loop_to, last_next = plan.descs, plan.loop_to, plan.last_next
+        if not (plan.in_table and self.driver.has_feature(Feature.INDIRECT_DESC)):
+            return self.chain(*descs, loop_to=loop_to, last_next=last_next)
+        table = self.table(*descs, loop_to=loop_to, last_next=last_next)
+        return self.chain(Desc(*table, DESC_F_INDIRECT))
 
     def lend(self, gpa: int, length: int) -> None:
         """From now on the device may write there, if all of it is memory."""
@@ -419,7 +448,7 @@ def hostile_driver_battery(
     more: Iterable[Case] = (),
     vias: Sequence[str] = ("direct",),
 ) -> Callable[..., None]:
-    """A test for pytest, one for every case and wire, to be given a name that starts with test_.
+    """A test for pytest, one for every case and wire; its name has to start with ``test_``.
 
     `make_device` makes a new device; `exercise` is described above, and without it only the
     negotiation shows that the device lives on. `cases` are by default all of

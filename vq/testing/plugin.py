@@ -65,7 +65,7 @@ def vq_wire() -> Iterator[Callable[..., Wired]]:
         yield make
 
 
-@pytest.fixture(params=("direct", "vhost-user"))
+@pytest.fixture(params=("direct", "mmio", "pci", "pci-msix", "vhost-user"))
 def vq_via(request: pytest.FixtureRequest) -> str:
     """Each of `vq.testing.wiring.WIRES` in turn."""
     via: str = request.param

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from vq.device import Device
 from vq.errors import UsageError
 from vq.recording.link import RecordedLink
-from vq.recording.replay import Replay
+from vq.recording.player import Replay
 
 __all__ = ["assert_replays"]
 

@@ -1,4 +1,4 @@
-"""A device wired to a scripted driver, in one process: by direct calls or over vhost-user.
+"""A device wired to a scripted driver in one process: by calls, registers or over vhost-user.
 
     with wire(MyDevice()) as wired:
         wired.driver.probe()
@@ -20,6 +20,7 @@ from vq.driver import DeviceError, Driver, GuestBuffer, Transport
 from vq.errors import UsageError
 from vq.loop import Loop
 from vq.memory import GuestMemory
+from vq.testing.transports import TRANSPORTS, connect
 from vq.testing.vhost_frontend import VhostFrontend
 from vq.vhost_user import Connection, unwatch_device, watch_device
 
@@ -28,6 +29,8 @@ __all__ = ["WIRES", "Wired", "wire"]
 MEMORY = ((0x1000, 0x100000), (0x40000000, 0x100000))
 """Where a guest's memory is by default, as ``(gpa, size)``: two regions with a hole between them,
 and none at 0."""
+WIRES = (*TRANSPORTS, "vhost-user")
+"""The ways to wire a driver to a device: those of `vq.testing.transports`, and a socket."""
 PATIENCE = 5.0
 """Seconds that a device has for an answer."""
 
@@ -112,6 +115,8 @@ def wire(
     most that it makes its queues. The device is the caller's, and is reset in the end; it must not
     be in use elsewhere. Raises `UsageError` for a wire that is not known.
     """
+    if via not in WIRES:
+        raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}")
     with ExitStack() as stack:
         if memory is None:
             memory = GuestMemory.allocate(*MEMORY)
@@ -120,11 +125,10 @@ def wire(
         stack.callback(loop.close)
         watch_device(device, loop)
         stack.callback(unwatch_device, device, loop)
-        try:
-            opener = _OPENERS[via]
-        except KeyError:
-            raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}") from None
-        transport, poll = opener(device, memory, loop, stack)
+        if via == "vhost-user":
+            transport, poll = _vhost_user(device, memory, loop, stack)
+        else:
+            transport, poll = _in_process(via, device, memory, stack)
         driver = Driver(transport, memory, features, queue_size=queue_size)
         yield Wired(device, memory, transport, driver, via, loop, poll)
 
@@ -145,10 +149,10 @@ def _nothing() -> None:
     """Where calls come by themselves there is nothing to look for."""
 
 
-def _direct(
-    device: Device, memory: GuestMemory, loop: Loop, stack: ExitStack
+def _in_process(
+    via: str, device: Device, memory: GuestMemory, stack: ExitStack
 ) -> tuple[Transport, _Poll]:
-    """The driver calls the device's methods."""
+    """The driver calls the device's methods, or reads and writes registers in front of them."""
     before = device.memory
     device.memory = memory
 
@@ -158,7 +162,7 @@ def _direct(
         device.memory = before
 
     stack.callback(let_go)
-    return device, _nothing
+    return connect(device, via), _nothing
 
 
 def _vhost_user(
@@ -179,11 +183,3 @@ def _vhost_user(
     )
     stack.callback(frontend.close)
     return frontend, frontend.poll
-
-
-_OPENERS: dict[str, Callable[[Device, GuestMemory, Loop, ExitStack], tuple[Transport, _Poll]]] = {
-    "direct": _direct,
-    "vhost-user": _vhost_user,
-}
-WIRES = tuple(_OPENERS)
-"""The ways to wire a driver to a device."""

@@ -23,7 +23,8 @@ from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.recording.format import Event, Kind, RecordingReader
 from vq.recording.link import RecordedLink, RecordedPort, SentFrame
-from vq.recording.ring import Found
+from vq.recording.ring import Found, sample_of
+from vq.recording.sample import Sample
 from vq.split_ring import SplitRing
 from vq.vhost_user import unwatch_device, watch_device
 
@@ -31,7 +32,6 @@ __all__ = ["Difference", "Replay", "replay"]
 
 _MOST_MEMORY = 1 << 46
 _PATIENCE = 2.0
-_DIGEST = 8
 _HEADER = 12
 
 
@@ -50,7 +50,7 @@ class Given(NamedTuple):
 
     head: int
     written: int
-    data: bytes
+    data: Sample
 
 
 class _ReplayRing(SplitRing):
@@ -73,8 +73,7 @@ class _ReplayRing(SplitRing):
             place = self._places[2] + 4 + 8 * (position & (self.size - 1))
             head = int.from_bytes(self.memory.read(place, 4), "little")
             written = int.from_bytes(self.memory.read(place + 4, 4), "little")
-            data = self._replayed.data_of(head, written)
-            self._replayed.given[head].append(Given(head, written, data))
+            self._replayed.take(head, written)
         self._told = self.next_used
         return super().publish()
 
@@ -142,17 +141,12 @@ class _Queue:
             self._memory.store16(avail, flags)
             self._memory.store16(avail + 4 + 2 * self._size, event)
 
-    def data_of(self, head: int, written: int) -> bytes:
-        """What stands in the chain that is given back."""
-        pieces = []
-        for gpa, length in self._writable.pop(head, ()):
-            if written <= 0:
-                break
-            with contextlib.suppress(VqError):
-                assert self._memory is not None
-                pieces.append(self._memory.read(gpa, min(length, written)))
-            written -= length
-        return b"".join(pieces)
+    def take(self, head: int, written: int) -> None:
+        """The device gives a chain back."""
+        assert self._memory is not None
+        data = sample_of(self._memory, self._writable.pop(head, []), written)
+        # By the length that it says, as in the recording.
+        self.given[head].append(Given(head, written, Sample.unpack(written, data.pack())))
 
     def differences(self) -> Iterator[str]:
         """What is different in this step, and forgets the step."""
@@ -170,11 +164,8 @@ class _Queue:
                     f"{self.name}: the chain at {expected.head} has {given.written} bytes written,"
                     f" not {expected.written}"
                 )
-            elif given.data != expected.data:
-                yield (
-                    f"{self.name}: the chain at {expected.head}: "
-                    + first_difference(expected.data, given.data)
-                )
+            elif (difference := expected.data.difference(given.data)) is not None:
+                yield f"{self.name}: the chain at {expected.head}: {difference}"
         if self.compared and same and bool(self.calls) != bool(self.expected_calls):
             yield f"{self.name}: the driver is {'' if self.calls else 'not '}called" + (
                 ", which it was not" if self.calls else ", which it was"
@@ -295,7 +286,13 @@ class _Player:
             if progress is not None:
                 progress(seconds)
             number = self._session.steps
-            differences += (Difference(number, seconds, what) for what in self._step(cause, rest))
+            try:
+                found = self._step(cause, rest)
+            except CaptureError:
+                raise
+            except (IndexError, ValueError) as error:
+                raise CaptureError(f"the recording is damaged: {error}") from error
+            differences += (Difference(number, seconds, what) for what in found)
             if len(differences) >= most:
                 return differences
         for queue in self._queues:
@@ -325,7 +322,10 @@ class _Player:
                     self._queue(numbers[0]).wishes.append((numbers[1], numbers[2]))
                 case Kind.USED:
                     heads, lengths = numbers[1::2], numbers[2::2]
-                    self._queue(numbers[0]).expected += map(Given, heads, lengths, event.strings)
+                    self._queue(numbers[0]).expected += [
+                        Given(head, length, Sample.unpack(length, data))
+                        for head, length, data in zip(heads, lengths, event.strings, strict=True)
+                    ]
                 case Kind.CALL:
                     self._queue(numbers[0]).expected_calls += 1
                 case Kind.CONFIG_CHANGED:
@@ -376,11 +376,9 @@ class _Player:
             case Kind.CONFIG_READ:
                 data = device.read_config(numbers[0], min(numbers[1], 1 << 16))
                 self._session.compared["configuration reads"] += 1
-                if data != cause.strings[0]:
-                    self._found.append(
-                        f"the configuration at {numbers[0]}: "
-                        + first_difference(cause.strings[0], data)
-                    )
+                difference = Sample.of([cause.strings[0]]).difference(Sample.of([data]))
+                if difference is not None:
+                    self._found.append(f"the configuration at {numbers[0]}: {difference}")
             case Kind.CONFIG_WRITE:
                 device.write_config(numbers[0], cause.strings[0])
             case Kind.QUEUE_SETUP:
@@ -402,7 +400,8 @@ class _Player:
                     self._link.set_state(*numbers[:4])
                     _call(self._link.on_change)
             case Kind.HOST:
-                self._by_host(*cause.strings[:2])
+                name, arguments = cause.strings
+                self._by_host(name, arguments)
             case _:
                 raise CaptureError(f"the recording is damaged: {cause.kind.name} is no cause")
 
@@ -460,10 +459,11 @@ class _Player:
                 while queue.reveals:
                     queue.reveal_next()
                 self._device.notify(queue.index)
-            queue.wishes.clear()
         self._loop.run_once(0)
         if isinstance(self._device, DeviceModel):
             self._device.settle(_PATIENCE)
+        for queue in self._queues:
+            queue.wishes.clear()
 
     # --- what is compared -------------------------------------------------------------------------
 
@@ -525,8 +525,7 @@ def _call(callback: Callable[[], None] | None) -> None:
 
 def _sent_frames(event: Event) -> Iterator[SentFrame]:
     for length, data in zip(event.numbers[1:], event.strings, strict=True):
-        header, digest = data[:_HEADER], data[_HEADER : _HEADER + _DIGEST]
-        yield SentFrame(length, header, data[_HEADER + _DIGEST :], digest)
+        yield SentFrame(data[:_HEADER], Sample.unpack(length, data[_HEADER:]))
 
 
 def _frame_differences(
@@ -534,27 +533,11 @@ def _frame_differences(
 ) -> Iterator[str]:
     for number, (then, now) in enumerate(zip(expected, sent, strict=False)):
         where = f"port {port}, frame {number} of this step"
-        if then.length != now.length:
-            yield f"{where}: {now.length} bytes are sent, not {then.length}"
-        elif then.header != now.header:
-            yield f"{where}, net header: " + first_difference(then.header, now.header)
-        elif then.start != now.start:
-            yield f"{where}: " + first_difference(then.start, now.start)
-        elif then.digest != now.digest:
-            yield f"{where}: bytes behind the first {len(now.start)} are different"
+        header = Sample.of([then.header]).difference(Sample.of([now.header]))
+        difference = then.data.difference(now.data)
+        if difference is not None:
+            yield f"{where}: {difference}"
+        elif header is not None:
+            yield f"{where}, net header: {header}"
     if len(expected) != len(sent):
         yield f"port {port}: {len(sent)} frames are sent, not {len(expected)}"
-
-
-def first_difference(then: bytes, now: bytes) -> str:
-    """Where two strings of bytes begin to differ, and how, in a line."""
-    place = next(
-        (at for at, (one, other) in enumerate(zip(then, now, strict=False)) if one != other),
-        min(len(then), len(now)),
-    )
-    start = max(0, place - 4)
-    window = slice(start, start + 16)
-    return (
-        f"byte {place} of {len(then)}: from byte {start} on it is {now[window].hex(' ')},"
-        f" not {then[window].hex(' ')}"
-    )
