@@ -382,7 +382,8 @@ class NetDevice(Device):
         """
         addresses = mac + bytes(4) + mac + bytes(4)
         request = BROADCAST + mac + _RARP_REQUEST + addresses
-        self._write(0, [[PLAIN_HEADER, request.ljust(_SHORTEST, b"\0")]])
+        frame = request.ljust(_SHORTEST, b"\0")
+        self._write(0, [[PLAIN_HEADER, frame]], len(frame))
 
     def set_mtu(self, mtu: int) -> bool:
         """Takes the MTU that the host's network has; False when the device told the guest more."""
@@ -446,15 +447,15 @@ class NetDevice(Device):
             chains, sent = _NONE_TAKEN
             if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
                 chains, sent = self._send_plain(queue, ring)
-                if sent:
+                if sent and self.holds(queue, ring):
                     self.publish(queue)
-                    if not self.holds(queue, ring):
-                        return False
+                if not self.holds(queue, ring):
+                    return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
-                blocked = not self._send(queue, ring, burst.frames, burst.owners)
+                blocked = not self._send(queue, ring, burst.frames, burst.owners, burst.size)
                 if self.holds(queue, ring):
                     if burst.dropped:
                         ring.write_used_burst(burst.dropped)
@@ -486,13 +487,14 @@ class NetDevice(Device):
         if outbox is None or port_index in self._broken:
             return _NONE_TAKEN
         run = Run(ring, writable=False)
-        if not run.pop(MOST_AT_ONCE):
-            return _NONE_TAKEN
+        run.pop(MOST_AT_ONCE)
         try:
             sent = self._frame_maker.send_plain(run, outbox)
         except OSError as error:
             self._port_broke(port_index, error)
-            return run.to_chains(), 0
+            sent = 0
+        if not self.holds(queue, ring):
+            return (), sent
         run.give_back([0] * sent)
         return run.to_chains(), sent
 
@@ -502,14 +504,16 @@ class NetDevice(Device):
         ring: SplitRing,
         frames: Sequence[Frame],
         owners: Sequence[Chain | None],
+        size: int,
     ) -> bool:
-        """Gives frames to the link, and the chains of those it took back to the guest.
+        """Gives frames to the link, `size` bytes in all, and the chains of those it took back to
+        the guest.
 
         What the link has no room for is kept for later; then the answer is False.
         """
         if not frames:
             return True
-        sent = self._write(self._port_index(queue), frames)
+        sent = self._write(self._port_index(queue), frames, size)
         if not self.holds(queue, ring):
             return False
         done = owners if sent == len(owners) else owners[:sent]
@@ -526,13 +530,13 @@ class NetDevice(Device):
         frames = [frame for frame, _ in backlog]
         owners = [chain for _, chain in backlog]
         backlog.clear()
-        all_sent = self._send(queue, ring, frames, owners)
+        all_sent = self._send(queue, ring, frames, owners, _payload(frames))
         if all_sent:
             self._watch_writing(self._port_index(queue))
         self.publish(queue)
         return all_sent
 
-    def _write(self, port_index: int, frames: Sequence[Frame]) -> int:
+    def _write(self, port_index: int, frames: Sequence[Frame], size: int) -> int:
         if port_index not in self._broken:
             try:
                 sent = self.link.ports[port_index].write_burst(frames)
@@ -540,7 +544,8 @@ class NetDevice(Device):
                 self._port_broke(port_index, error)
             else:
                 self.stats["tx_frames"] += sent
-                self.stats["tx_bytes"] += _payload(frames[:sent])
+                all_sent = sent == len(frames)
+                self.stats["tx_bytes"] += size if all_sent else _payload(frames[:sent])
                 return sent
         self.stats["tx_dropped: link gone"] += len(frames)
         return len(frames)

@@ -93,13 +93,17 @@ class FrameMaker:
         total = sum(lengths)
         self._detour = _DETOUR  # until all goes well
         if (
-            self._responders
+            not run
+            or self._responders
             or self.locked_mac is not None
             or run.shortest < NET_HDR_SIZE + max(self._link.min_frame, 1)
             or total > outbox.most_bytes
         ):
             return 0
-        frames = outbox.take(run.addresses, lengths, total)
+        try:
+            frames = outbox.take(run.addresses, lengths, total)
+        except OSError:  # memory that is not there
+            return 0
         if not _nothing_undone(frames, lengths, total):
             return 0
         self._detour = 0
@@ -136,6 +140,9 @@ class FrameMaker:
                     else [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
                 )
                 owners.append(chain)
+                burst.size += (
+                    len(first) if len(pieces) == 1 else chain.readable_size
+                ) - NET_HDR_SIZE
                 continue
             # The header is copied before it is looked at: what is checked is what is used. (Above
             # nothing of it is used: the link gets a header of ours, which leaves nothing undone.)
@@ -159,25 +166,29 @@ class FrameMaker:
                 frame[0] = PLAIN_HEADER
                 frames.append(frame)
                 owners.append(chain)
+                burst.size += chain.readable_size - NET_HDR_SIZE
             else:
                 self._take_undone(burst, chain, frame)
         return burst
 
     def _take_undone(self, burst: Burst, chain: Chain, frame: Frame) -> None:
         """Checks a frame that leaves work undone, and does the part that the link does not do."""
+        size = sum(map(len, frame)) - NET_HDR_SIZE
         try:
-            checked = check_frame(frame, sum(map(len, frame[1:])), self.allowed)
+            checked = check_frame(frame, size, self.allowed)
             if self._responders and self._answered(burst, chain, checked):
                 return
             if self._link_does_all():
                 burst.frames.append(checked)
                 burst.owners.append(chain)
+                burst.size += size
                 return
             finished = finish(checked, self._link.accepts)
         except HeaderLie as lie:
             self._drop(burst, chain, lie.reason)
             return
         burst.frames += finished
+        burst.size += sum(sum(map(len, segment)) - NET_HDR_SIZE for segment in finished)
         burst.owners += [None] * (len(finished) - 1)
         burst.owners.append(chain)
 

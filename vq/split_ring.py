@@ -53,8 +53,6 @@ _ELEMENT = struct.Struct("<II")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
 _MAX_TABLE_BYTES = 16 << 16  # as far as next, 16 bits wide, reaches into an indirect table
-_MOST_AT_ONCE = 32  # descriptors that are unpacked together
-_IN_TURN = tuple(range(_MOST_AT_ONCE))
 _NO_VIEWS: tuple[memoryview, ...] = ()
 
 
@@ -469,7 +467,6 @@ class SplitRing:
         """Follows the chain that starts with `descriptor`, the one at `head`, to its end.
 
         `table` is where the next descriptor is: the ring's own table, then perhaps an indirect one.
-        Descriptors one behind another with nothing unusual about them are taken all at once.
         """
         readable: list[memoryview] = []
         writable: list[memoryview] = []
@@ -485,10 +482,6 @@ class SplitRing:
                 table = self._indirect_table(head, addr, length, flags, nested=indirect)
                 entries, index, indirect = length // 16, 0, True
                 direct = walked + 1
-                if not walked and (usual := self._usual_table(table, entries)):
-                    chain = _Walked(head, *usual)
-                    chain.descriptors = direct
-                    return chain
                 descriptor = unpack(table, 0)
                 continue
             walked += 1
@@ -532,38 +525,6 @@ class SplitRing:
                 )
             index = following
             descriptor = unpack(table, index << 4)
-
-    def _usual_table(
-        self, table: memoryview | bytes, entries: int
-    ) -> tuple[Sequence[memoryview], Sequence[memoryview]] | None:
-        """The readable and the writable buffers of the chain that an indirect table holds.
-
-        None unless it is as drivers mostly make them: descriptors one behind another, all readable
-        or all writable, all in the region of the chain before. Then each check is one for all.
-        """
-        fields = _descriptors(min(entries, _MOST_AT_ONCE)).unpack_from(table)
-        flag = fields[2] & ~DESC_F_NEXT
-        flags = fields[2::4]
-        if flag & ~DESC_F_WRITE or flag not in flags:
-            return None
-        last = flags.index(flag)
-        end = 4 * last + 4
-        addresses, lengths = fields[0:end:4], fields[1:end:4]
-        base, limit, view = self._window
-        if (
-            last >= self.size
-            or flags[:last].count(flag | DESC_F_NEXT) != last
-            or fields[3 : end - 4 : 4] != _IN_TURN[1 : last + 1]
-            or not min(lengths)
-            or min(addresses) < base
-            or max(addresses) + max(lengths) > base + limit
-        ):
-            return None
-        buffers = [
-            view[(start := address - base) : start + length]
-            for address, length in zip(addresses, lengths, strict=True)
-        ]
-        return (_NO_VIEWS, buffers) if flag else (buffers, _NO_VIEWS)
 
     def _indirect_table(
         self, head: int, addr: int, length: int, flags: int, *, nested: bool
