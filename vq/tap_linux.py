@@ -296,12 +296,12 @@ class LinuxTapPort(Port):
         batches, longest = self._batches, self.longest
         if batches is None or limit < _FEW:
             return None
-        moved = 0
+        moved, most = 0, self._likely
         while moved < limit:
-            places = room.lend_apart(min(limit - moved, self._likely), longest)
+            places = room.lend_apart(min(limit - moved, most), longest)
             if places is None:
                 return moved or None
-            asked = len(places[0])
+            asked, most = len(places[0]), batches.COUNT
             lengths = self._received(batches.read(places), places)
             count = len(lengths)
             if count:
@@ -310,9 +310,9 @@ class LinuxTapPort(Port):
                 if room.commit_apart(lengths, headers):
                     batches.slab.put_back()
                 moved += count
-            self._likely = min(max(2 * count, _FEW), batches.COUNT)
             if count < asked:
                 break
+        self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
 
     def _received(self, results: list[int], places: Places) -> list[int]:
