@@ -103,6 +103,28 @@ def test_memory_that_is_not_there_fails_one_request_only(
     assert buffers
 
 
+@pytest.mark.parametrize(
+    ("opcode", "flags", "name"),
+    [(18, 1, "openat"), (23, 1, "write"), (22, 0, "read of any file"), (22, 1 | 4, "linked read")],
+)
+def test_a_ring_can_be_used_for_nothing_else(
+    pair: tuple[socket.socket, socket.socket], opcode: int, flags: int, name: str
+) -> None:
+    """What io_uring does is not seen by seccomp: a sandbox relies on this."""
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.READ)
+    far.send(b"hello")
+    buffers = point(requests, 0, [bytes(8)])
+    assert bytes(requests._entries[:2]) == bytes([22, 1])
+    requests._entries[:2] = bytes([opcode, flags])
+    assert requests.submit(0, 1) == [-errno.EACCES], name
+    requests._entries[:2] = bytes([22, 1])
+    assert requests.submit(0, 1) == [5] and buffers[0].raw == b"hello\0\0\0"
+    with pytest.raises(OSError, match="ermission"):
+        requests._register(io_uring._REGISTER_FILES, struct.pack("=i", far.fileno()), 1)
+    requests.close()
+
+
 def test_answers_out_of_turn_are_put_in_order(pair: tuple[socket.socket, socket.socket]) -> None:
     near, _ = pair
     requests = ring(near.fileno(), Opcode.WRITE)

@@ -1043,6 +1043,27 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
     assert [frame[12:] for frame in room.frames] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
 
 
+@needs_tap
+def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sandbox may do to a process that has opened its tap."""
+
+    def forbidden(*_: object) -> list[int]:
+        raise PermissionError(errno.EPERM, "io_uring: not permitted")
+
+    outbox, port = outbox_of(tap), tap.ports[0]
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
+    assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 0
+    assert port.outbox is None and not port.dropped
+    room = PieceRoom()
+    with udp_socket(namespace) as endpoint:
+        assert port.write_burst([[PLAIN, udp(5000, endpoint.getsockname()[1], b"hello")]]) == 1
+        assert endpoint.recv(100) == b"hello"
+        endpoint.sendto(b"and back", (OURS, 7000))
+        receive(port, room, lambda: len(room.frames) == 1)
+
+
 class VectorRoom(LendingRoom):
     """Lends one place of a hundred bytes and a longer one behind it, for one frame at a time."""
 

@@ -51,7 +51,11 @@ _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _FEAT_SINGLE_MMAP = 1 << 0
 _FEAT_CQE_SKIP = 1 << 11  # Linux 5.17: RWF_NOWAIT is understood, for every file that supports it
 _ENTER_GETEVENTS = 1 << 0
-_REGISTER_FILES, _UNREGISTER_FILES = 2, 3
+_SETUP_R_DISABLED = 1 << 6
+_REGISTER_FILES, _UNREGISTER_FILES, _REGISTER_RESTRICTIONS, _ENABLE_RINGS = 2, 3, 11, 12
+_RESTRICTION = struct.Struct("=HB13x")
+"""`struct io_uring_restriction`: what it is about, and the operation or flags permitted."""
+_PERMITTED_REGISTER, _PERMITTED_OPERATION, _PERMITTED_FLAGS, _REQUIRED_FLAGS = 0, 1, 2, 3
 _FIXED_FILE = 1 << 0
 _RWF_NOWAIT = 8
 _CURRENT_POSITION = (1 << 64) - 1
@@ -63,6 +67,8 @@ class RequestRing:
     Entry number ``opcodes.index(opcode) * count + n`` is the n-th of an opcode. `addresses` (of
     format "Q") and `lengths` ("I") say for each entry what memory it reads or writes; the caller
     keeps that memory mapped until `submit` returns. The ring holds on to the file until `close`.
+    The kernel knows that it is for nothing else: a process confined by seccomp may be left the call
+    io_uring_enter, since no other operation and no other file can be had by it.
 
     Raises `OSError` where there is no io_uring, or an old one.
     """
@@ -78,13 +84,15 @@ class RequestRing:
         self._syscall.restype = ctypes.c_long
         entries = count * len(opcodes)
         params = ctypes.create_string_buffer(_PARAMS.size)
+        struct.pack_into("=I", params, 8, _SETUP_R_DISABLED)
         self._fd = self._call(_SETUP, ctypes.c_uint(entries), params)
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         self._finalizer.atexit = False
         try:
             self._map(params.raw)
             # To look a file up by its descriptor for each request costs as much as a small copy.
-            self._call(_REGISTER, self._fd, _REGISTER_FILES, ctypes.byref(ctypes.c_int(fd)), 1)
+            self._register(_REGISTER_FILES, struct.pack("=i", fd), 1)
+            self._restrict(opcodes)
         except BaseException:
             self.close()
             raise
@@ -94,6 +102,15 @@ class RequestRing:
             entry[:] = _ENTRY.pack(
                 opcode, _FIXED_FILE, 0, 0, _CURRENT_POSITION, 0, 0, _RWF_NOWAIT, number
             )
+
+    def _restrict(self, opcodes: Sequence[Opcode]) -> None:
+        """Has the kernel refuse all but these operations on the one file; enables the ring."""
+        rules = [(_PERMITTED_OPERATION, int(opcode)) for opcode in opcodes]
+        rules += [(_PERMITTED_FLAGS, _FIXED_FILE), (_REQUIRED_FLAGS, _FIXED_FILE)]
+        rules.append((_PERMITTED_REGISTER, _UNREGISTER_FILES))
+        packed = b"".join(_RESTRICTION.pack(*rule) for rule in rules)
+        self._register(_REGISTER_RESTRICTIONS, packed, len(rules))
+        self._register(_ENABLE_RINGS, None, 0)
 
     def _map(self, params: bytes) -> None:
         size, completions, _, _, _, features, *rest = _PARAMS.unpack(params)
@@ -141,7 +158,7 @@ class RequestRing:
         """Gives the ring back, and lets go of the file. Closing twice is allowed."""
         if self._finalizer.alive:
             with suppress(OSError):  # a ring that is closed may live a little longer
-                self._call(_REGISTER, self._fd, _UNREGISTER_FILES, None, 0)
+                self._register(_UNREGISTER_FILES, None, 0)
         self._finalizer()
 
     def _collect(self, first: int, count: int) -> list[int]:
@@ -166,6 +183,9 @@ class RequestRing:
                 return self._call(_ENTER, self._fd, submit, wait, flags, None, 0)
             except InterruptedError:
                 continue
+
+    def _register(self, operation: int, argument: bytes | None, count: int) -> None:
+        self._call(_REGISTER, self._fd, operation, argument, count)
 
     def _call(self, number: int, *arguments: object) -> int:
         result: int = self._syscall(number, *arguments)
