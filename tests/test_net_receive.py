@@ -31,8 +31,8 @@ from vq.driver import GuestBuffer
 from vq.errors import DriverError
 from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetHeader
-from vq.net_receive import Pace
 from vq.offload import Offload
+from vq.pace import Pace
 
 pytestmark = pytest.mark.usefixtures("over")
 
@@ -270,7 +270,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("vq.net_receive.time", made)
+    monkeypatch.setattr("vq.pace.time", made)
     return made
 
 

@@ -47,6 +47,7 @@ from vq.offload import (
     guest_offloads,
     host_offloads,
 )
+from vq.pace import Pace
 from vq.packet import copy_range
 from vq.software import PLAIN_HEADER
 from vq.split_ring import Chain, SplitRing
@@ -240,6 +241,7 @@ class NetDevice(Device):
         self._active_pairs = 1
         self._interrupted.clear()
         self._windows: dict[int, ReceiveWindow] = {}
+        self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
@@ -256,6 +258,7 @@ class NetDevice(Device):
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
             )
+            self._paces[queue.index] = Pace()
             self._configure_receiving()
         if self.status & Status.DRIVER_OK:
             self._activate_ports()
@@ -542,9 +545,10 @@ class NetDevice(Device):
         """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
         port = self.link.ports[index]
+        pace = self._paces[queue.index]
         # Where frames come one at a time there is no look for a second one: the event loop has its
         # own, and to find nothing is an exception, which takes as long as a frame does.
-        alone = window.pace.begin() and port.none_waits_inside
+        alone = pace.begin() and port.none_waits_inside
         frames = 0
         try:
             for _ in range(BURSTS_PER_TURN):
@@ -562,7 +566,7 @@ class NetDevice(Device):
             self._port_broke(index, error)
             return False
         finally:
-            window.pace.end(frames)
+            pace.end(frames)
         return True
 
     def _port_feeds(self, queue: Queue) -> bool:

@@ -8,7 +8,6 @@ and the part of a frame that is longer than the buffers gathered for it.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,7 @@ from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
 from vq.split_ring import Chain, SplitRing
 
-__all__ = ["Pace", "ReceiveWindow"]
+__all__ = ["ReceiveWindow"]
 
 _REFILL = 64
 _MOST_WAITING = 64
@@ -29,32 +28,6 @@ _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
-
-
-class Pace:
-    """Whether frames come one at a time, as far as one can tell.
-
-    So they do when the last turn had one only, and rested for longer than it worked. Both are of
-    this machine and its load, so that nothing is to be set.
-    """
-
-    __slots__ = ("_alone", "_began", "_ended")
-
-    def __init__(self) -> None:
-        self._alone = False
-        self._began = self._ended = 0.0
-
-    def begin(self) -> bool:
-        """A turn begins: whether to expect one frame."""
-        now = time.monotonic()
-        alone = self._alone and now - self._ended > self._ended - self._began
-        self._began = now
-        return alone
-
-    def end(self, frames: int) -> None:
-        """The turn ends; it had so many frames."""
-        self._ended = time.monotonic()
-        self._alone = frames == 1
 
 
 class ReceiveWindow:
@@ -77,8 +50,6 @@ class ReceiveWindow:
         """The longest frame in bytes that may come without segmentation left undone."""
         self.starved = False
         """Whether frames wait for room, here or in the link; for the device to set back."""
-        self.pace = Pace()
-        """How frames come; for the device to note."""
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
