@@ -546,9 +546,10 @@ class NetDevice(Device):
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
-        # Where frames come one at a time there is no look for a second one: the event loop has its
-        # own, and to find nothing is an exception, which takes as long as a frame does.
-        alone = pace.begin() and port.none_waits_inside
+        # Where frames come one at a time there is no look for a second one: an event loop, if there
+        # is one, looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        polled = port.none_waits_inside and self.on_work_left is not None
+        alone = pace.begin() and polled
         frames = 0
         try:
             for _ in range(BURSTS_PER_TURN):
