@@ -13,7 +13,7 @@ import vq
 ROOT = Path(vq.__file__).parent
 
 LAYERS = (
-    ("errors", "abi"),
+    ("errors", "abi", "abi_block", "pace"),
     ("memory", "packet", "pcap", "ioctl", "unix_socket"),
     ("split_ring", "driver", "offload", "platforms", "gather", "io_uring"),
     ("software", "inflight", "abi_probe", "request", "asyncio_thread"),

@@ -31,8 +31,8 @@ from vq.driver import GuestBuffer
 from vq.errors import DriverError
 from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetHeader
-from vq.net_receive import Pace
 from vq.offload import Offload
+from vq.pace import Pace
 
 pytestmark = pytest.mark.usefixtures("over")
 
@@ -270,7 +270,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("vq.net_receive.time", made)
+    monkeypatch.setattr("vq.pace.time", made)
     return made
 
 
@@ -300,6 +300,8 @@ class Trickle:
         self.driver = self.world.drive()
         self.calls: list[int] = []
         self.world.device.on_queue_call = self.calls.append
+        self.left: list[int] = []
+        self.world.device.on_work_left = self.left.append
         [self.watch] = self.world.device.watches
 
     def turn(self, *frames: bytes) -> int:
@@ -344,6 +346,15 @@ def test_frames_behind_one_another_are_read_in_bursts(trickle: Trickle, clock: C
 def test_a_port_that_keeps_frames_inside_is_read_to_the_end(trickle: Trickle, clock: Clock) -> None:
     """Its descriptor does not tell of them."""
     trickle.link.port.none_waits_inside = False  # type: ignore[misc]
+    trickle.turn(FRAME)
+    clock.now += REST
+    trickle.turn(FRAME, FRAME)
+    assert not trickle.link.port.incoming
+
+
+def test_without_an_event_loop_a_port_is_read_to_the_end(trickle: Trickle, clock: Clock) -> None:
+    """Nobody would come back: `notify` works until all is done."""
+    trickle.world.device.on_work_left = None
     trickle.turn(FRAME)
     clock.now += REST
     trickle.turn(FRAME, FRAME)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vq import request as request_module
@@ -43,6 +43,7 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.binary(max_size=64), st.lists(st.integers(0, 64)), st.data())
 def test_a_reader_gives_the_bytes_in_order_however_they_are_cut(
     data: bytes, cuts: list[int], draw: st.DataObject
@@ -64,6 +65,7 @@ def test_a_reader_gives_the_bytes_in_order_however_they_are_cut(
     assert reader.read() == b"" and reader.views() == []
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 20), max_size=6), st.data())
 def test_a_writer_fills_the_buffers_in_order_and_nothing_else(
     sizes: list[int], draw: st.DataObject

@@ -54,12 +54,13 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = SECOND
 
 
 class Served:
-    """``vq serve net`` as a process that is ready to serve; `signals` it gets are its end."""
+    """``vq serve`` as a process that is ready to serve; `signals` it gets are its end."""
 
     def __init__(
         self,
         directory: Path,
         *words: str,
+        kind: str = "net",
         sockets: Sequence[str] = ("s",),
         fds: Sequence[int] = (),
         prefix: Sequence[str] = (),
@@ -68,7 +69,7 @@ class Served:
         self.paths = [str(directory / name) for name in sockets]
         self.err = directory / f"err{len(list(directory.glob('err*')))}"
         self.out = self.err.with_name(self.err.name.replace("err", "out"))
-        argv = [*prefix, sys.executable, "-m", "vq", "serve", "net"]
+        argv = [*prefix, sys.executable, "-m", "vq", "serve", kind]
         argv += [f"--socket={path}" for path in self.paths]
         notify = str(self.err) + ".notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:

@@ -233,7 +233,9 @@ def test_with_status_the_frontend_brings_the_device_up(talk: Talk) -> None:
     assert frontend.ask_u64(40) == Status.FEATURES_OK
     frontend.set_memory(talk.ram)
     frontend.start_ring(0, talk.ring)
-    assert talk.shout(b"early") == []
+    talk.ring.offer(b"early")
+    frontend.turn()
+    assert talk.ring.take() == []
     frontend.tell(39, u64(15))
     frontend.turn()
     assert talk.ring.take() == [b"EARLY"]
@@ -244,6 +246,21 @@ def test_with_status_the_frontend_brings_the_device_up(talk: Talk) -> None:
     frontend.start_ring(0, talk.ring, base=1)
     frontend.tell(39, u64(15))
     assert talk.shout(b"late") == [b"LATE"]
+
+
+def test_a_kick_says_that_the_driver_is_up_where_the_frontend_does_not(talk: Talk) -> None:
+    """QEMU 7.2 negotiates STATUS for an entropy device, says FEATURES_OK, and never DRIVER_OK: its
+    guests waited for ever for their first random byte."""
+    frontend = talk.frontend
+    frontend.negotiate(protocol=REPLY_ACK | STATUS)
+    frontend.tell(39, u64(Status.FEATURES_OK))
+    frontend.set_memory(talk.ram)
+    frontend.start_ring(0, talk.ring)
+    assert not frontend.ask_u64(40) & Status.DRIVER_OK
+    assert talk.shout(b"anybody") == [b"ANYBODY"]
+    assert frontend.ask_u64(40) & Status.DRIVER_OK
+    frontend.tell(39, u64(0))
+    assert talk.shout(b"nobody") == []
 
 
 def test_reset_device_stops_every_ring(talk: Talk) -> None:

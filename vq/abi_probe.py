@@ -144,6 +144,8 @@ _HEADERS = {
         "linux/if.h",
         "linux/if_tun.h",
         "linux/sockios.h",
+        "linux/falloc.h",
+        "linux/virtio_blk.h",
         "linux/virtio_config.h",
         "linux/virtio_ids.h",
         "linux/virtio_mmio.h",

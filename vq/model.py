@@ -63,8 +63,9 @@ class DeviceModel(Device):
     """Base of device models that handle requests.
 
     `queues` has a `QueueSpec` for each queue; sizes are powers of two up to 32768. `features` are
-    the bit numbers of the device type's own features that are offered, beside those that every
-    ring of vq has; `Device.feature_needs` says what each needs, `Device.feature_bits` names them.
+    the bit numbers of the device type's own features that are offered, beside `ring_features`, by
+    default all that rings of vq have; `Device.feature_needs` says what each needs,
+    `Device.feature_bits` names them.
     `config` is the configuration space: a ctypes structure of little-endian fields, of which the
     driver may write those named in `config_writable`.
 
@@ -81,11 +82,12 @@ class DeviceModel(Device):
         *,
         queues: Sequence[QueueSpec],
         features: Iterable[int] = (),
+        ring_features: int = RING_FEATURES,
         config: ctypes.Structure | None = None,
         memory: GuestMemory | None = None,
     ) -> None:
         super().__init__(
-            features=RING_FEATURES | feature_mask(features),
+            features=ring_features | feature_mask(features),
             queues=[(name, size) for name, size, _ in queues],
             config=config,
             memory=memory,

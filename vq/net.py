@@ -47,6 +47,7 @@ from vq.offload import (
     guest_offloads,
     host_offloads,
 )
+from vq.pace import Pace
 from vq.packet import copy_range
 from vq.software import PLAIN_HEADER
 from vq.split_ring import Chain, Run, SplitRing
@@ -242,6 +243,7 @@ class NetDevice(Device):
         self._active_pairs = 1
         self._interrupted.clear()
         self._windows: dict[int, ReceiveWindow] = {}
+        self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
@@ -258,6 +260,7 @@ class NetDevice(Device):
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
             )
+            self._paces[queue.index] = Pace()
             self._configure_receiving()
         if self.status & Status.DRIVER_OK:
             self._activate_ports()
@@ -579,9 +582,11 @@ class NetDevice(Device):
         """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
         port = self.link.ports[index]
-        # Where frames come one at a time there is no look for a second one: the event loop has its
-        # own, and to find nothing is an exception, which takes as long as a frame does.
-        alone = window.pace.begin() and port.none_waits_inside
+        pace = self._paces[queue.index]
+        # Where frames come one at a time there is no look for a second one: an event loop, if there
+        # is one, looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        polled = port.none_waits_inside and self.on_work_left is not None
+        alone = pace.begin() and polled
         frames = 0
         try:
             for _ in range(BURSTS_PER_TURN):
@@ -599,7 +604,7 @@ class NetDevice(Device):
             self._port_broke(index, error)
             return False
         finally:
-            window.pace.end(frames)
+            pace.end(frames)
         return True
 
     def _port_feeds(self, queue: Queue) -> bool:

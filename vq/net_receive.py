@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
 from vq.split_ring import Chain, Run, SplitRing
 
-__all__ = ["Pace", "ReceiveWindow"]
+__all__ = ["ReceiveWindow"]
 
 _REFILL = 64
 _MOST_WAITING = 64
@@ -49,32 +48,6 @@ _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features th
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * _REFILL)
 _ZEROS = memoryview(bytes(_REFILL))
-
-
-class Pace:
-    """Whether frames come one at a time, as far as one can tell.
-
-    So they do when the last turn had one only, and rested for longer than it worked. Both are of
-    this machine and its load, so that nothing is to be set.
-    """
-
-    __slots__ = ("_alone", "_began", "_ended")
-
-    def __init__(self) -> None:
-        self._alone = False
-        self._began = self._ended = 0.0
-
-    def begin(self) -> bool:
-        """A turn begins: whether to expect one frame."""
-        now = time.monotonic()
-        alone = self._alone and now - self._ended > self._ended - self._began
-        self._began = now
-        return alone
-
-    def end(self, frames: int) -> None:
-        """The turn ends; it had so many frames."""
-        self._ended = time.monotonic()
-        self._alone = frames == 1
 
 
 class ReceiveWindow:
@@ -97,8 +70,6 @@ class ReceiveWindow:
         """The longest frame in bytes that may come without segmentation left undone."""
         self.starved = False
         """Whether frames wait for room, here or in the link; for the device to set back."""
-        self.pace = Pace()
-        """How frames come; for the device to note."""
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats

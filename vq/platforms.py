@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from vq import abi, ioctl
+from vq import abi, abi_block, ioctl
 from vq.ioctl import Direction
 
 __all__ = ["KNOWN", "Platform", "all_numbers", "host", "numbers"]
@@ -183,6 +183,31 @@ def _virtio() -> dict[str, int]:
             }
         ),
         **_virtio_registers(),
+        **_virtio_blk(),
+    }
+
+
+def _virtio_blk() -> dict[str, int]:
+    config = _described(abi_block.BlkConfig)
+    # The header's config ends where zones begin or goes beyond, as old or new as it is.
+    return {
+        **_prefixed("VIRTIO_BLK_F_", _members(abi_block.BlkFeature)),
+        **_prefixed("VIRTIO_BLK_T_", _members(abi_block.BlkType)),
+        **_prefixed("VIRTIO_BLK_S_", _members(abi_block.BlkStatus)),
+        "VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP": abi_block.BLK_UNMAP,
+        "VIRTIO_BLK_ID_BYTES": abi_block.BLK_ID_BYTES,
+        **{
+            f"offsetof(virtio_blk_config, {field})": offset
+            for field, offset in config.offsets.items()
+        },
+        **_layout(
+            {
+                "virtio_blk_outhdr": _struct(type=_INT, ioprio=_INT, sector=_U64),
+                "virtio_blk_discard_write_zeroes": _struct(
+                    sector=_U64, num_sectors=_INT, flags=_INT
+                ),
+            }
+        ),
     }
 
 
@@ -399,6 +424,9 @@ def _linux(platform: Platform) -> dict[str, int]:
         "PR_GET_SECCOMP": 21,
         "PR_SET_SECCOMP": 22,
         "LANDLOCK_CREATE_RULESET_VERSION": 1 << 0,
+        "FALLOC_FL_KEEP_SIZE": 1 << 0,
+        "FALLOC_FL_PUNCH_HOLE": 1 << 1,
+        "FALLOC_FL_ZERO_RANGE": 1 << 4,
         "IOV_MAX": 1024,
         "VHOST_F_LOG_ALL": 26,
         "VHOST_VRING_F_LOG": 0,

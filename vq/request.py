@@ -20,12 +20,14 @@ from vq.errors import DriverError, UsageError, VqError
 from vq.packet import Buffer, cut
 from vq.split_ring import Chain
 
-__all__ = ["Reader", "Request", "RequestGone", "RequestTooShort", "Writer"]
+__all__ = ["Reader", "Request", "RequestGone", "RequestTooShort", "Writer", "blank"]
 
 S = TypeVar("S", bound=ctypes.Structure)
 
 IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
 """Buffers that one readv or writev takes (POSIX guarantees 16)."""
+
+_ZEROS = memoryview(bytes(65536))
 
 
 class RequestTooShort(DriverError):
@@ -174,8 +176,7 @@ class Writer(_Cursor):
 
     def zeros(self, length: int | None = None) -> None:
         """Writes `length` zero bytes, or as many as there is room for."""
-        for view in self._take(length):
-            view[:] = bytes(len(view))
+        blank(self._take(length))
 
     def views(self, length: int | None = None) -> list[memoryview]:
         """Views of the next `length` bytes, or of all that are left, for the caller to fill.
@@ -295,6 +296,14 @@ class Request:
             f"<Request queue={self.queue} head={self.chain.head}"
             f" readable={self.chain.readable_size} writable={self.chain.writable_size}>"
         )
+
+
+def blank(views: Sequence[memoryview]) -> None:
+    """Fills views with zeros, however long they are."""
+    for view in views:
+        for start in range(0, len(view), len(_ZEROS)):
+            part = view[start : start + len(_ZEROS)]
+            part[:] = _ZEROS[: len(part)]
 
 
 def _behind(views: Sequence[memoryview], length: int) -> Sequence[memoryview]:

@@ -674,6 +674,13 @@ class Backend:
                 # Whoever had the ring before took as many chains as it gave back and still had.
                 resubmit = [head for head in recovered if head < vring.size]
                 next_avail = next_used + len(resubmit) & 0xFFFF
+                if resubmit:
+                    log.info(
+                        "ring %d: %d requests that an earlier backend left undone are taken up",
+                        vring.index,
+                        len(resubmit),
+                    )
+                    device.stats["resubmitted"] += len(resubmit)
         device.setup_queue(
             vring.index,
             size=vring.size,
@@ -733,7 +740,17 @@ class Backend:
         if not alive:  # a pipe whose writer is gone would stay readable for ever
             self._loop.watch(vring.kick_fd)
             return
+        self._hear_of_driver()
         self.device.notify(vring.index)
+
+    def _hear_of_driver(self) -> None:
+        """Who kicks a ring that runs is up (virtio 1.3, 3.1.1: no kick before DRIVER_OK).
+
+        QEMU 7.2 never says so for some kinds of devices, entropy among them: it leaves the last
+        status to the last of several connections, which a device with one connection is not.
+        """
+        if self.device.status & (Status.FEATURES_OK | Status.DRIVER_OK) == Status.FEATURES_OK:
+            self.device.write_status(self.device.status | Status.DRIVER_OK)
 
     def _poll(self) -> None:
         self._poll_timer = None

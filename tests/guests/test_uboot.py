@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
-import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pump import in_namespace
 
-from vq import DeviceModel, Request
-from vq.abi import DeviceId
 from vq.device import Device
+from vq.devices.block import BlockDevice
+from vq.devices.block_image import Image
 from vq.devices.entropy import EntropyDevice
 from vq.dhcp import LocalDhcp
 from vq.link import NullLink
@@ -63,38 +62,12 @@ def test_u_boot_has_an_address_by_dhcp(bus: str) -> None:
     net.close()
 
 
-class DiskConfig(ctypes.LittleEndianStructure):
-    _fields_ = (("capacity", ctypes.c_uint64),)
-
-
-class Disk(DeviceModel):
-    """A block device of the simplest kind (virtio 1.3, 5.2): sectors in a bytearray."""
-
-    device_id = DeviceId.BLOCK
-
-    def __init__(self, contents: bytearray) -> None:
-        config = DiskConfig(capacity=len(contents) // 512)
-        super().__init__(queues=[("requests", 64, self._serve)], config=config)
-        self.contents = contents
-
-    def _serve(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            kind, _, sector = struct.unpack("<IIQ", request.reader.read(16))
-            start = 512 * sector
-            if kind == 0:
-                length = request.writer.remaining - 1
-                request.writer.write(self.contents[start : start + length])
-            else:
-                data = request.reader.read()
-                self.contents[start : start + len(data)] = data
-            request.writer.write(b"\0")
-            request.complete()
-
-
 @buses
-def test_u_boot_reads_and_writes_a_disk(bus: str) -> None:
+def test_u_boot_reads_and_writes_a_disk(bus: str, tmp_path: Path) -> None:
     contents = random.Random(7).randbytes(1 << 20)
-    disk = Disk(bytearray(contents))
+    image = tmp_path / "image"
+    image.write_bytes(contents)
+    disk = BlockDevice(Image(image))
     whole, there = zlib.crc32(contents), zlib.crc32(b"\x5a" * 0x2000)
     text = board(bus, disk).run(
         SCAN,
@@ -108,7 +81,8 @@ def test_u_boot_reads_and_writes_a_disk(bus: str) -> None:
     )
     assert "Type: Hard Disk" in text and "2048 x 512" in text
     assert f"==> {whole:08x}" in text and f"==> {there:08x}" in text
-    assert disk.contents == contents[:0x4000] + b"\x5a" * 0x2000 + contents[0x6000:]
+    disk.close()
+    assert image.read_bytes() == contents[:0x4000] + b"\x5a" * 0x2000 + contents[0x6000:]
     assert_well(disk)
 
 

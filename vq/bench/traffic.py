@@ -1,11 +1,11 @@
 """Traffic for the benches, made in a network namespace: run as a script, by its path.
 
-    traffic.py flood INTERFACE LENGTH SECONDS   frames of that length, as many as the tap takes;
-                                                long ones are TCP packets, left to be segmented
+    traffic.py flood INTERFACE LENGTH SECONDS   frames of that length, as many as the tap takes
     traffic.py ping ADDRESS SECONDS             pings, one at a time; the median in microseconds
     traffic.py connect ADDRESS PORT SECONDS     HTTP requests, a connection each; how many a second
 
-It needs nothing of vq, so that it starts at once, and prints one number when it is done.
+Frames beyond Ethernet's 1514 bytes are TCP packets that are left to be segmented. It needs nothing
+of vq, so that it starts at once, and prints one number when it is done.
 """
 
 from __future__ import annotations

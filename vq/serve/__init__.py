@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 KINDS = {
     "net": ("vq.serve.net:NetKind", "a network device"),
+    "blk": ("vq.serve.blk:BlkKind", "a block device"),
     "rng": ("vq.serve.rng:RngKind", "an entropy device"),
 }
 """For each word behind ``vq serve`` the `Kind` that it stands for, and what it serves."""

@@ -28,6 +28,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vq.abi import DeviceId
@@ -153,7 +154,8 @@ class UmlGuest(Guest):
 
     `devices` are (path of a vhost-user socket, virtio device id) pairs; somebody must listen on
     each by now. `mem` is the guest's memory as the kernel takes it ("128M"); `load` names modules
-    to load beside those that drive the devices; `arguments` go to the kernel's command line, and
+    to load beside those that drive the devices, and `programs` programs of this machine to bring
+    along, with the packages that they are in; `arguments` go to the kernel's command line, and
     `prefix` is a command that runs it (as `Namespace.argv` gives). The guest is killed when it has
     not booted after `boot_timeout` seconds, and after `lifetime` seconds in any case.
     """
@@ -164,6 +166,7 @@ class UmlGuest(Guest):
         *,
         mem: str = "128M",
         load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 30,
@@ -176,7 +179,7 @@ class UmlGuest(Guest):
             modules_from=modules,
             load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *_drivers_of(devices), *load])),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("tty1", 4, 1),
         )
         self._mem = mem
@@ -207,8 +210,8 @@ class QemuGuest(Guest):
 
     `sockets` are paths of vhost-user sockets on which a device listens. `queue_pairs` is the number
     that each card is created with, `cpus` that of the guest's processors. `card` adds properties to
-    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU, and `prefix` is a command that runs it. The
-    rest is as with `UmlGuest`, but for `moved_from`, which `move` uses.
+    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance; `prefix` is a
+    command that runs it. The rest is as with `UmlGuest`, but for `moved_from`, which `move` uses.
     """
 
     def __init__(
@@ -219,6 +222,8 @@ class QemuGuest(Guest):
         cpus: int = 1,
         queue_pairs: int = 1,
         card: str = "",
+        load: Sequence[str] = (),
+        programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
         prefix: Sequence[str] = (),
         boot_timeout: float = 90,
@@ -231,15 +236,17 @@ class QemuGuest(Guest):
             "cpus": cpus,
             "queue_pairs": queue_pairs,
             "card": card,
+            "load": load,
+            "programs": programs,
         }
         self._qemu = find_program("qemu-system-x86_64", package="qemu-system-x86")
         self._kernel = find_kernel()
         self._initrd = shell_initramfs(
             release=self._kernel.release,
             modules_from=self._kernel.modules,
-            load=("virtio_pci", "virtio_net", "ipv6"),
+            load=("virtio_pci", "virtio_net", "ipv6", *load),
             modules=MODULES,
-            programs=_guest_programs(),
+            programs=_guest_programs(programs),
             console=("ttyS1", 4, 65),
         )
         self._mem, self._cpus = mem, cpus
@@ -356,8 +363,9 @@ def _drivers_of(devices: Sequence[tuple[str | Path, int]]) -> list[str]:
     return [name for _, kind in devices for name in known.get(kind, ())]
 
 
-def _guest_programs() -> dict[str, str]:
-    return {name: find_program(name, package=package) for name, package in PROGRAMS.items()}
+def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
+    wanted = {**PROGRAMS, **more}
+    return {name: find_program(name, package=package) for name, package in wanted.items()}
 
 
 def _uml_modules() -> tuple[str, Path]:
