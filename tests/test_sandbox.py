@@ -415,7 +415,8 @@ def test_only_devices_with_terminals_list_what_is_for_terminals() -> None:
     for kind in ("net", "blk", "rng", "vsock", "console"):
         code = (
             f"import vq.serve.{kind}; from vq.sandbox import linux, openbsd;"
-            "print(*sorted(set(linux.listed_ioctls()) - set(linux.IOCTLS)), *openbsd.promises()[4:])"
+            "ioctls = set(linux.listed_ioctls()) - set(linux.IOCTLS);"
+            "print(*sorted(ioctls), *openbsd.promises()[4:])"
         )
         found[kind] = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     terminals = sorted((0x541B, 0x5413, 0x5401, 0x5404, 0x802C542A, 0x402C542D))

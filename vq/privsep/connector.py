@@ -1,9 +1,9 @@
 """Connections to Unix sockets by path, for a worker that reaches no files.
 
-The paths are those that were named before `leave_control`, one by one or as a family: all those that
-are a prefix with a number behind it, as a guest's vsock ports have. From then on the helper connects
-to them, and to no others, and hands the connection over. It is waited for, since connecting to a
-Unix socket succeeds or fails at once.
+The paths are those that were named before `leave_control`, one by one or as a family: a prefix with
+any number behind it, as a guest's vsock ports have. From then on the helper connects to them, to no
+others, and hands the connection over. It is waited for, since connecting to a Unix socket succeeds
+or fails at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+
 from vq import unix_socket
 from vq.errors import UsageError
 from vq.privsep.message import MAX_SIZE, Connect, Connected, MessageError, decode, encode

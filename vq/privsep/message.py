@@ -8,7 +8,8 @@ message is one structure in native byte order::
 and a `Connected` carries the words of its error behind it. What does not apply is 0. In `Connect`
 and `Connected` the second half word is a place among the sockets named at the start; with a flag it
 is one among the families of sockets, and where the generation stands elsewhere is a number in that
-family. The worker may be in a guest's hands: whatever comes from it is checked here and refused with `MessageError`.
+family. The worker may be in a guest's hands: whatever comes from it is checked here, and refused
+with `MessageError`.
 
 ====================  =================  ===========================================================
 `SetOffloads`         worker to helper   let this tap leave this undone; answered by `TapState`

@@ -1,10 +1,11 @@
 """Linux: no files, no network, no privileges, and only the system calls that are listed.
 
 Each module of vq lists the system calls that it makes while guests are served, as `SYSTEM_CALLS`
-beside the code, and the requests that it makes with ioctl(2), as `IOCTLS`; what Python and the C library need themselves is listed here. The filter allows
-what the modules that are loaded list, and kills the process for anything else: a call that nobody
-listed is a fault or an attack. Calls that would look for files fail instead, so that a traceback
-that wants to show a line of source is only shorter.
+beside the code, and the requests that it makes with ioctl(2), as `IOCTLS`; what Python and the C
+library need themselves is listed here. The filter allows what the modules that are loaded list, and
+kills the process for anything else: a call that nobody listed is a fault or an attack. Calls that
+would look for files fail instead, so that a traceback that wants to show a line of source is only
+shorter.
 
 Sources: capabilities(7), landlock(7), namespaces(7), seccomp(2), PR_SET_NO_NEW_PRIVS(2const).
 """

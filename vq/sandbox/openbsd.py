@@ -3,8 +3,8 @@
 A pledged process is killed when it makes a system call that it did not promise to make no other
 than. "stdio" has reading, writing, waiting, and memory; "recvfd" and "sendfd" are for descriptors
 in vhost-user's messages; "unix" is for the sockets that frontends connect to. A module that needs
-another one lists it as `PROMISES` beside the code: "tty" for the requests that are made of terminals.
-TUNSCAP is in none of them: a tap's offloads are the helper's.
+another one lists it as `PROMISES` beside the code: "tty" for what is asked of terminals. TUNSCAP is
+in none of them: a tap's offloads are the helper's.
 """
 
 from __future__ import annotations
