@@ -20,6 +20,7 @@ from test_serve import SECONDS, Served, eventually
 from vq.abi import DeviceId
 from vq.abi_console import ConsoleControl, ConsoleEvent
 from vq.abi_vsock import VsockOp, VsockShutdown
+from vq.devices.host_end import PtyEnd, UnixEnd
 from vq.devices.vsock_connection import Header
 from vq.driver import Driver
 from vq.memory import GuestMemory
@@ -361,3 +362,21 @@ def test_the_next_worker_has_the_same_terminals_and_sockets(
     assert served.worker.pid != first.pid
     served.stop()
     assert not any(os.path.lexists(tmp_path / name) for name in ("tty", "p", "u"))
+
+
+def test_a_process_that_was_forked_leaves_sockets_and_links_to_the_one_that_made_them(
+    tmp_path: Path,
+) -> None:
+    """A worker without a sandbox that ended by itself took them from the next one."""
+    link, path = tmp_path / "tty", tmp_path / "c"
+    ends = [PtyEnd(str(link)), UnixEnd(str(path))]
+    child = os.fork()
+    if child == 0:
+        for end in ends:
+            end.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert link.is_symlink() and path.is_socket()
+    for end in ends:
+        end.close()
+    assert not link.is_symlink() and not path.exists()

@@ -117,8 +117,8 @@ def keep_helper_privileges(*, again: bool, libc: Libc | None = None) -> None:
     """In a helper that is root: keeps the capabilities that it may need, and no others.
 
     They are for the taps, also those that are moved to another network namespace, for ending a
-    worker of another user, and for removing sockets from a user's directory; with `again` also for
-    starting another worker.
+    worker of another user, and for sockets in a user's directory, to connect to and to remove; with
+    `again` also for starting another worker.
     """
     libc = libc or Libc()
     kept = {
