@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -42,11 +43,14 @@ def fresh_log_limit() -> None:
     LIMIT.forget()
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=(*TRANSPORTS, "direct, frames by address"))
 def over(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests once for each way from a guest to its net device."""
-    from net_world import World
+    """Runs a module's tests once for each way from a guest to its net device, and once for the
+    short way that frames may take from there; what comes out must be the same.
+    """
+    from net_world import World, frames_by_address
 
-    World.over = request.param
-    yield request.param
+    World.over, _, by_address = request.param.partition(", ")
+    with frames_by_address() if by_address else nullcontext():
+        yield World.over
     World.over = "direct"

@@ -25,10 +25,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, HdrFlag, HdrGso, feature_mask
-from vq.link import Frame, Link, Port, Room, scatter
+from vq.gather import IoVectors
+from vq.link import Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver, NetHeader
@@ -191,6 +192,8 @@ class HostPort(LinuxTapPort):
         self.most_at_once = 1 << 20
         """Frames of a burst that are taken; the rest is refused, as with a full tap."""
         self.refused = 0
+        if self.outbox is not None:
+            self.outbox = None if tags else _WatchedOutbox(self.outbox, self)
 
     def write_burst(self, frames: Sequence[Frame]) -> int:
         self.refused += max(0, len(frames) - self.most_at_once)
@@ -221,20 +224,61 @@ class HostPort(LinuxTapPort):
         return moved
 
 
+class _WatchedOutbox:
+    """An outbox whose frames are counted for a port."""
+
+    def __init__(self, outbox: Outbox, port: HostPort) -> None:
+        self.most_bytes = outbox.most_bytes
+        self.take = outbox.take
+        self._send = outbox.send
+        self._port = port
+
+    def send(self, lengths: Sequence[int]) -> int:
+        self._port.refused += max(0, len(lengths) - self._port.most_at_once)
+        if not lengths[: self._port.most_at_once]:
+            return 0
+        taken = self._send(lengths[: self._port.most_at_once])
+        self._port.written["NONE"] += taken
+        return taken
+
+
 class _Watched:
     """A room whose frames are counted for a port."""
 
     def __init__(self, room: Room, port: HostPort) -> None:
         self.views = room.views
-        self._commit = room.commit
+        self._room = cast(PlacesRoom, room)
         self._port = port
+        if hasattr(room, "lend_apart"):
+            self.lend_apart = self._room.lend_apart
+            self.lend_together = self._lend_together
 
     def commit(self, header: bytes, length: int) -> None:
+        self._count(header, length)
+        self._room.commit(header, length)
+
+    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+        for number, length in enumerate(lengths):
+            self._count(bytes(headers[12 * number : 12 * number + 12]), length - 12)
+        return self._room.commit_apart(lengths, headers)
+
+    def _lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        self._places = self._room.lend_together(longest)
+        return self._places
+
+    def commit_together(self, length: int) -> None:
+        assert self._places is not None
+        vectors, first, _ = self._places
+        address = ctypes.c_void_p.from_address(vectors.address + 16 * first).value
+        assert address is not None
+        self._count(ctypes.string_at(address, 12), length - 12)
+        self._room.commit_together(length)
+
+    def _count(self, header: bytes, length: int) -> None:
         kind = undone(header)
         self._port.given[kind] += 1
         if kind in ("NONE", "CSUM"):
             self._port.longest_plain = max(self._port.longest_plain, length)
-        self._commit(header, length)
 
 
 class HostTap(LinuxTap):
@@ -251,6 +295,8 @@ class HostTap(LinuxTap):
     def __init__(self, *, queues: int = 1, tags: bytes = b"", in_software: bool = False) -> None:
         self.in_software = in_software
         super().__init__(HOST, queues=queues)
+        for port in self.ports:
+            port.close()
         self.ports = tuple(HostPort(port.fileno(), self._measure, tags) for port in self.ports)
         if in_software:
             self.accepts = Offload.NONE

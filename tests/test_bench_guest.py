@@ -18,17 +18,9 @@ import pytest
 
 from vq.abi import DeviceId
 from vq.bench import contestants, guest, testpmd
-from vq.bench.contestants import (
-    VQ,
-    C,
-    Figure,
-    ServedTap,
-    compile_peer,
-    positive_number,
-    run_traffic,
-    summary,
-    tap_namespace,
-)
+from vq.bench.contestants import C, ServedTap, compile_peer, run_traffic, tap_namespace
+from vq.bench.measure import positive_number
+from vq.bench.report import VQ, Figure, summary
 from vq.cli import main
 from vq.testing.guest import UmlGuest
 from vq.testing.namespaces import Namespace, bad_checksums, iperf_server
@@ -193,6 +185,7 @@ class Canned:
 
     def __init__(self, figures: Sequence[Figure], without: Mapping[str, str]) -> None:
         self.turns: list[str] = []
+        self.own = "uml"
         self._figures = figures
         self._without = without
 
@@ -203,19 +196,19 @@ class Canned:
 
     def sample(self, name: str) -> dict[str, float]:
         left_out = self._without.get(name, "-")
-        value = {VQ: 1.0, C: 2.0, "uml": 4.0}[name] * len(self.turns)
+        value = {VQ: 1.0, C: 2.0, self.own: 4.0}[name] * len(self.turns)
         return {figure.name: value for figure in self._figures if left_out not in figure.name}
 
 
 @pytest.fixture
 def without_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "awake", nullcontext)
     for bench in (guest, testpmd):
         monkeypatch.setattr(bench, "check_tap", lambda: None)
         monkeypatch.setattr(bench, "check_namespaces", lambda: None)
         monkeypatch.setattr(bench, "find_program", lambda *_, **__: "program")
         monkeypatch.setattr(bench, "two_processors", lambda: ({1}, {0}))
         monkeypatch.setattr(bench, "available", lambda: {VQ: ["vq"], C: ["peer"]})
-        monkeypatch.setattr(bench, "awake", nullcontext)
         monkeypatch.setattr(bench, "pinned", lambda _: nullcontext())
 
 
@@ -224,7 +217,7 @@ def canned_guests(without_requirements: None, monkeypatch: pytest.MonkeyPatch) -
     canned = Canned(guest.FIGURES, {"uml": ", device"})
 
     @contextmanager
-    def start(name: str, *_: object) -> Iterator[tuple[str]]:
+    def start(_: object, name: str, *__: object) -> Iterator[tuple[str]]:
         with canned.start(name):
             yield (name,)
 
@@ -245,7 +238,8 @@ def canned_testpmd(without_requirements: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def check_report(report: dict[str, Any], names: list[str], figures: Sequence[Figure]) -> None:
-    assert {"python", "machine", "system", "kernel", "seconds"} <= report.keys()
+    assert {"python", "machine", "processor", "system", "kernel", "date"} <= report.keys()
+    assert report["seconds"] > 0
     assert report["contestants"] == names
     assert [row["figure"] for row in report["figures"]] == [figure.name for figure in figures]
     for row in report["figures"]:
@@ -276,6 +270,17 @@ def test_the_testpmd_bench_reports_each_figure(
     report = json.loads(capsys.readouterr().out)
     assert report["rounds"] == 2
     check_report(report, [VQ, C], testpmd.FIGURES)
+
+
+def test_a_qemu_guest_has_its_own_contestant(
+    canned_guests: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canned_guests.own = "qemu"
+    assert main(["bench", "guest", "--kind", "qemu", "--json", "--boots", "2"]) == 0
+    assert canned_guests.turns == [VQ, C, "qemu"] * 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["guest"] == "qemu"
+    assert report["figures"][0]["ratios"].keys() == {C, "qemu"}
 
 
 @pytest.mark.parametrize("name", ["guest", "testpmd"])

@@ -607,6 +607,21 @@ def test_a_paused_queue_keeps_its_ring_and_rests(bench: Bench) -> None:
     assert bench.used(0) == [(0, 1)]
 
 
+def test_a_ring_is_the_devices_until_it_is_paused_or_reset(bench: Bench) -> None:
+    device = bench.bring_up()
+    queue = device.queues[0]
+    ring = queue.ring
+    assert ring is not None and device.holds(queue, ring)
+    queue.enabled = False
+    assert not device.holds(queue, ring)
+    queue.enabled = True
+    device._fail(ValueError("a fault"))
+    assert not device.holds(queue, ring)
+    device.write_status(0)
+    bench.bring_up()
+    assert queue.ring is not ring and not device.holds(queue, ring)
+
+
 def test_one_queue_is_reset_and_set_up_again(bench: Bench) -> None:
     device = bench.bring_up(VERSION_1 | RING_RESET)
     bench.assert_works()

@@ -9,16 +9,19 @@ they do is tested in tests/guests.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from vq import cli, serve
+from vq.bench import BENCHES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,3 +97,27 @@ def test_the_pictures_show_what_the_code_does(tmp_path: Path) -> None:
     for drawn in (tmp_path / "pictures").iterdir():
         kept = ROOT / "docs" / "pictures" / drawn.name
         assert drawn.read_text() == kept.read_text(), "run `python docs/pictures.py`"
+
+
+def performance_page() -> ModuleType:
+    path = ROOT / "benchmarks" / "performance_page.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_table_of_the_performance_page_is_of_a_bench_that_can_be_run_again() -> None:
+    commands = performance_page().commands()
+    assert {command.split()[0] for command in commands} == set(BENCHES)
+    for command in commands:
+        cli.parser("bench").parse_args(["bench", *shlex.split(command), "--markdown"])
+
+
+def test_a_table_that_is_measured_anew_replaces_its_own() -> None:
+    page = performance_page()
+    text = "a\n<!-- begin: ring -->\nold\n<!-- end -->\nb\n<!-- begin: tap -->\n<!-- end -->\n"
+    once = page.with_table(text, "ring", "new \\1\n")
+    assert once == text.replace("old", "new \\1")
+    assert page.with_table(once, "ring", "old\n") == text

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from vq.loop import Loop
+import vq.loop
+from vq.loop import LINGER, Loop
+
+POLLERS = [vq.loop._Selector, *([vq.loop._Epoll] if hasattr(select, "epoll") else [])]
 
 
-@pytest.fixture
-def loop() -> Iterator[Loop]:
+@pytest.fixture(params=POLLERS, ids=lambda poller: poller.__name__)
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    monkeypatch.setattr(vq.loop, "_POLLER", request.param)
     made = Loop()
     yield made
     made.close()
@@ -132,3 +138,119 @@ def test_stop_ends_run_from_another_thread(loop: Loop) -> None:
 def test_a_plain_file_cannot_be_watched(loop: Loop) -> None:
     with open(__file__) as file, pytest.raises(OSError):
         loop.watch(file.fileno(), readable=lambda: None)
+
+
+def test_a_descriptor_that_hung_up_is_readable(loop: Loop) -> None:
+    """So that its watcher reads, and finds out."""
+    reading, writing = os.pipe()
+    seen: list[bytes] = []
+    loop.watch(reading, readable=lambda: seen.append(os.read(reading, 8)))
+    os.close(writing)
+    loop.run_once(1)
+    assert seen == [b""]
+    loop.watch(reading)
+    os.close(reading)
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_writable(loop: Loop) -> None:
+    reading, writing = os.pipe()
+    seen: list[int] = []
+    loop.watch(writing, writable=lambda: seen.append(1))
+    os.close(reading)
+    loop.run_once(1)
+    assert seen == [1]
+    loop.watch(writing)
+    os.close(writing)
+
+
+# --- looking for what is expected before falling asleep -------------------------------------------
+
+
+class Clockwork:
+    """A clock and a poller in one: events come at the times that they were told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[tuple[float, int]] = []  # when, which descriptor
+        self.slept = 0.0
+        self.looked = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
+        if timeout == 0:
+            self.now += LINGER / 10
+            self.looked += LINGER / 10
+        due = self.events[0][0] if self.events else None
+        if due is not None and due > self.now and timeout != 0:
+            end = due if timeout is None else min(due, self.now + timeout)
+            self.slept += end - self.now
+            self.now = end
+        if due is None or due > self.now:
+            return []
+        return [(self.events.pop(0)[1], vq.loop._POLLER.read)]
+
+
+@pytest.fixture
+def clockwork(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Clockwork:
+    made = Clockwork()
+    monkeypatch.setattr(vq.loop, "time", SimpleNamespace(monotonic=made.monotonic))
+    monkeypatch.setattr(loop, "_poll", made.poll)
+    return made
+
+
+def run_events(loop: Loop, clockwork: Clockwork, events: list[tuple[float, int]]) -> None:
+    clockwork.events = events
+    clockwork.slept = clockwork.looked = 0.0
+    while events:
+        loop.run_once()
+
+
+NEAR, FAR = LINGER / 2, 200 * LINGER
+
+
+def test_events_that_come_soon_find_the_loop_awake(loop: Loop, clockwork: Clockwork) -> None:
+    run_events(loop, clockwork, [(NEAR * number, 5 + number % 2) for number in range(40)])
+    # It had to learn what follows: on each of two descriptors once.
+    assert clockwork.slept <= 3 * NEAR
+
+
+def test_events_far_apart_cost_no_time_of_looking(loop: Loop, clockwork: Clockwork) -> None:
+    run_events(loop, clockwork, [(FAR * number, 5) for number in range(40)])
+    assert clockwork.looked == 0
+
+
+def test_what_comes_soon_is_told_from_what_does_not_by_what_was_before_it(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    """A ping now and then: its answer is near, the next ping far."""
+    pings = [
+        (FAR * number + delay, descriptor)
+        for number in range(40)
+        for delay, descriptor in ((0, 5), (NEAR, 6))
+    ]
+    run_events(loop, clockwork, pings)
+    assert clockwork.looked <= 40 * (NEAR + LINGER / 10) + LINGER
+    assert clockwork.slept >= 38 * (FAR - NEAR)
+
+
+def test_looking_in_vain_is_not_repeated(loop: Loop, clockwork: Clockwork) -> None:
+    run_events(loop, clockwork, [(NEAR * number, 5) for number in range(4)])
+    end = clockwork.now
+    run_events(loop, clockwork, [(end + FAR * number, 5) for number in range(1, 40)])
+    assert clockwork.looked <= 2 * LINGER
+
+
+@pytest.mark.parametrize("wait", [0.5 * LINGER, 1.5 * LINGER])
+def test_no_timer_is_late_for_the_sake_of_looking(
+    wait: float, loop: Loop, clockwork: Clockwork
+) -> None:
+    run_events(loop, clockwork, [(NEAR * number, 5) for number in range(4)])
+    seen: list[float] = []
+    due = clockwork.now + wait
+    loop.call_later(wait, lambda: seen.append(clockwork.now))
+    clockwork.events = [(clockwork.now + FAR, 5)]
+    while not seen:
+        loop.run_once()
+    assert seen[0] <= due + LINGER / 100

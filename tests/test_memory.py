@@ -263,7 +263,7 @@ def test_a_file_of_whole_large_blocks_is_mapped_from_its_blocks(
     """What a mapping on hugetlbfs looks like to mmap and munmap, on any file system."""
     block = 16 * PAGE
     asked: list[tuple[int, int]] = []
-    fstat, map_shared = os.fstat, memory_module._map_shared
+    fstat, map_shared = os.fstat, memory_module.map_shared
 
     class Blocks:
         def __init__(self, fd: int) -> None:
@@ -275,7 +275,7 @@ def test_a_file_of_whole_large_blocks_is_mapped_from_its_blocks(
         return map_shared(fd, offset, length)
 
     monkeypatch.setattr(os, "fstat", Blocks)
-    monkeypatch.setattr(memory_module, "_map_shared", watched)
+    monkeypatch.setattr(memory_module, "map_shared", watched)
     content = os.urandom(3 * block)
     region = Region.from_fd(file_fd(tmp_path / "ram", content), 0, block, offset=block + PAGE + 3)
     assert region.view == content[block + PAGE + 3 :][:block]

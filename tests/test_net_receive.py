@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,7 @@ from vq.errors import DriverError
 from vq.memory import GuestMemory
 from vq.net_driver import Layout, NetHeader
 from vq.offload import Offload
+from vq.pace import Pace
 
 pytestmark = pytest.mark.usefixtures("over")
 
@@ -251,6 +253,112 @@ def test_more_frames_than_a_turn(memory: GuestMemory, link: ScriptedLink) -> Non
     frames = [ethernet(n.to_bytes(2, "big")) for n in range(1500)]
     link.deliver(*frames)
     assert [frame.data for frame in driver.receive()] == frames
+
+
+# --- frames that come one at a time --------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6  # so that a turn takes some time
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("vq.pace.time", made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("frames", "worked", "rested", "alone"),
+    [(1, 10, 30, True), (1, 10, 5, False), (2, 10, 30, False), (0, 10, 30, False)],
+    ids=["one, rested", "one, busy", "two", "none"],
+)
+def test_frames_come_one_at_a_time_when_one_came_and_then_a_rest(
+    clock: Clock, frames: int, worked: int, rested: int, alone: bool
+) -> None:
+    pace = Pace()
+    assert not pace.begin(), "nothing is known at the start"
+    clock.now += worked * 1e-6
+    pace.end(frames)
+    clock.now += rested * 1e-6
+    assert pace.begin() is alone
+
+
+class Trickle:
+    """A guest on a port that is polled: frames are read when the watch says that there are some."""
+
+    def __init__(self, memory: GuestMemory, fd: int) -> None:
+        self.link = ScriptedLink(fds=[fd])
+        self.link.port.none_waits_inside = True  # type: ignore[misc]
+        self.world = World(memory, self.link)
+        self.driver = self.world.drive()
+        self.calls: list[int] = []
+        self.world.device.on_queue_call = self.calls.append
+        self.left: list[int] = []
+        self.world.device.on_work_left = self.left.append
+        [self.watch] = self.world.device.watches
+
+    def turn(self, *frames: bytes) -> int:
+        """How often the port is read in a turn in which these frames wait."""
+        before = self.link.port.reads
+        self.link.port.incoming.extend((PLAIN, frame) for frame in frames)
+        self.watch.readable()
+        return self.link.port.reads - before
+
+
+@pytest.fixture
+def trickle(memory: GuestMemory) -> Iterator[Trickle]:
+    ends = os.pipe()
+    yield Trickle(memory, ends[1])
+    for end in ends:
+        os.close(end)
+
+
+REST = 1e-3
+
+
+def test_a_frame_that_comes_alone_is_the_guests_without_a_look_for_another(
+    trickle: Trickle, clock: Clock
+) -> None:
+    trickle.turn(FRAME)
+    for _ in range(3):
+        clock.now += REST
+        assert trickle.turn(FRAME, FRAME) == 1
+        assert len(trickle.link.port.incoming) == 1 and trickle.watch.reading
+        assert trickle.turn() == 1  # without a rest
+        assert not trickle.link.port.incoming
+        trickle.turn(FRAME)
+
+
+def test_frames_behind_one_another_are_read_in_bursts(trickle: Trickle, clock: Clock) -> None:
+    for _ in range(5):
+        trickle.turn(FRAME, FRAME, FRAME)
+        assert not trickle.link.port.incoming
+        clock.now += REST
+
+
+def test_a_port_that_keeps_frames_inside_is_read_to_the_end(trickle: Trickle, clock: Clock) -> None:
+    """Its descriptor does not tell of them."""
+    trickle.link.port.none_waits_inside = False  # type: ignore[misc]
+    trickle.turn(FRAME)
+    clock.now += REST
+    trickle.turn(FRAME, FRAME)
+    assert not trickle.link.port.incoming
+
+
+def test_without_an_event_loop_a_port_is_read_to_the_end(trickle: Trickle, clock: Clock) -> None:
+    """Nobody would come back: `notify` works until all is done."""
+    trickle.world.device.on_work_left = None
+    trickle.turn(FRAME)
+    clock.now += REST
+    trickle.turn(FRAME, FRAME)
+    assert not trickle.link.port.incoming
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(12), Layout(1, 5, 12, 13, indirect=True)])

@@ -376,11 +376,11 @@ def test_a_network_devices_link_is_in_the_recording(tmp_path: Path) -> None:
 class Corrupts(NetDevice):
     """A byte of a long frame gets lost on the way out."""
 
-    def _write(self, port_index: int, frames: Sequence[list[object]]) -> int:  # type: ignore[override]
+    def _write(self, port: int, frames: Sequence[list[object]], size: int) -> int:  # type: ignore[override]
         for frame in frames:
             if sum(map(len, frame)) > 900:  # type: ignore[arg-type]
                 frame[1:] = [b"".join(map(bytes, frame[1:]))[:-1] + b"?"]  # type: ignore[arg-type]
-        return super()._write(port_index, frames)  # type: ignore[arg-type]
+        return super()._write(port, frames, size)  # type: ignore[arg-type]
 
 
 class NoFilter(NetDevice):
@@ -399,15 +399,15 @@ class NoFilter(NetDevice):
 class Swaps(NetDevice):
     """Sends a burst backwards."""
 
-    def _write(self, port_index: int, frames: Sequence[list[object]]) -> int:  # type: ignore[override]
-        return super()._write(port_index, frames[::-1])  # type: ignore[arg-type]
+    def _write(self, port: int, frames: Sequence[list[object]], size: int) -> int:  # type: ignore[override]
+        return super()._write(port, frames[::-1], size)  # type: ignore[arg-type]
 
 
 class Doubles(NetDevice):
     """Sends the last frame of a burst twice."""
 
-    def _write(self, port_index: int, frames: Sequence[list[object]]) -> int:  # type: ignore[override]
-        super()._write(port_index, [*frames, frames[-1]])  # type: ignore[list-item]
+    def _write(self, port: int, frames: Sequence[list[object]], size: int) -> int:  # type: ignore[override]
+        super()._write(port, [*frames, frames[-1]], size)  # type: ignore[list-item]
         return len(frames)
 
 

@@ -7,6 +7,7 @@ device that asked for kicks and a driver that asked for calls do nothing until t
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from vq.abi import Feature
 from vq.driver import DriverRing, GuestAllocator
 from vq.errors import DriverError
 from vq.memory import GuestMemory
-from vq.split_ring import Chain, SplitRing
+from vq.split_ring import Chain, Run, SplitRing
 
 INDIRECT = 1 << Feature.INDIRECT_DESC
 EVENT_IDX = 1 << Feature.EVENT_IDX
@@ -246,6 +247,63 @@ class RingMachine(RuleBasedStateMachine):
             self.held.append((token, chain))
             self.last_popped.append((token, chain))
             self.order.append(token)
+
+    @rule(
+        limit=st.sampled_from([1, 2, 3, 64]),
+        writable=st.booleans(),
+        use=st.integers(0, 4),
+        back=st.booleans(),
+        seed=st.integers(0, 1 << 32),
+    )
+    def device_pops_a_run(
+        self, limit: int, writable: bool, use: int, back: bool, seed: int
+    ) -> None:
+        """Chains of one buffer each, as columns: some are given back as such, others as chains."""
+        self.device_sleeps = False
+        slot = (self.device._next_avail) & (self.device.size - 1)
+        free = not self.device._undone and not self.device._order
+        run = Run(self.device, writable=writable)
+        count = run.pop(limit)
+        expected = self.waiting[: min(limit, self.device.size - slot)]
+        if not free or not all(self.is_usual(token, writable) for token in expected):
+            assert not count
+        assert count in (0, len(expected)) and count == len(run)
+        draw = random.Random(seed)
+        written = []
+        for index in range(count):
+            token = self.waiting.pop(0)
+            sent = self.sent[token]
+            assert run.heads[index] == sent.head
+            data, room = b"", sum(length for _, length in sent.writable)
+            if writable:
+                assert run.lengths[index] == room >= run.shortest
+                data = random.Random(token).randbytes(draw.choice([0, room, room // 2]))
+                if index < use:
+                    ctypes.memmove(run.addresses[index], data, len(data))
+            else:
+                assert ctypes.string_at(run.addresses[index], run.lengths[index]) == sent.readable
+            self.order.append(token)
+            if index < use:
+                written.append(len(data))
+                self.give_back(token, len(data))
+            else:
+                self.held.append((token, Chain(-1, (), ())))
+        run.give_back(written)
+        chains = run.to_chains()
+        if chains and back:
+            assert run.adopt(chains)
+            chains = run.to_chains()
+        tokens = [token for token, chain in self.held if chain.head == -1]
+        self.held = [(token, chain) for token, chain in self.held if chain.head != -1]
+        popped = list(zip(tokens, chains, strict=True))
+        self.held += popped
+        self.last_popped = (self.last_popped if not written else []) + popped
+        assert not run
+
+    def is_usual(self, token: int, writable: bool) -> bool:
+        sent = self.sent[token]
+        kind = len(sent.writable) == 1 and not sent.readable
+        return not sent.bad and (kind if writable else not sent.writable)
 
     @precondition(lambda self: self.last_popped)
     @rule(count=st.integers(1, 64))

@@ -27,10 +27,12 @@ import pytest
 from vq import tap_linux
 from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
-from vq.link import MAX_FRAME, Frame, Port
+from vq.gather import IoVectors
+from vq.link import MAX_FRAME, Frame, Outbox, Places, Port
 from vq.offload import ALL, Offload, legal_tun_flags
 from vq.tap import open_tap
 from vq.tap_linux import LinuxTap
+from vq.testing.requirements import unmet
 
 T = TypeVar("T")
 
@@ -855,18 +857,34 @@ def test_where_no_tap_is_known_the_error_says_which_are(monkeypatch: pytest.Monk
             open_tap("tap0", queues=2)
 
 
+# --- short frames, many at a time ----------------------------------------------------------------
+
+
 class LendingRoom:
-    """Lends one small buffer for each of several frames, and none for frames one by one."""
+    """Lends a small place for each of several frames, and nothing for frames one by one."""
 
-    def __init__(self, size: int) -> None:
-        self.buffers = [bytearray(size) for _ in range(8)]
+    def __init__(self, size: int, count: int = 200) -> None:
+        self.size = size
+        self.memory = [(ctypes.c_ubyte * size)() for _ in range(count)]
         self.lengths: list[int] = []
+        self.completes = True
 
-    def lend_burst(self, limit: int, longest: int) -> list[memoryview]:
-        return [memoryview(buffer) for buffer in self.buffers[len(self.lengths) : limit]]
+    def lend_apart(self, limit: int, longest: int) -> Places:
+        free = self.memory[len(self.lengths) :][:limit]
+        return [ctypes.addressof(place) for place in free], [self.size] * len(free)
 
-    def commit_burst(self, lengths: list[int]) -> None:
+    def commit_apart(self, lengths: list[int], headers: memoryview) -> bool:
+        assert len(headers) == 12 * len(lengths)
+        assert bytes(headers) == bytes(len(headers))
+        headers[10::12] = b"\7" * len(lengths)
         self.lengths += lengths
+        return self.completes
+
+    def lend_together(self, longest: int) -> None:
+        return None
+
+    def commit_together(self, length: int) -> None:
+        raise AssertionError("nothing was lent for it")
 
     def views(self) -> list[memoryview]:
         return []
@@ -874,18 +892,246 @@ class LendingRoom:
     def commit(self, header: bytes, length: int) -> None:
         raise AssertionError("no room was lent for it")
 
+    @property
+    def frames(self) -> list[bytes]:
+        pairs = zip(self.memory, self.lengths, strict=False)
+        return [bytes(place)[:length] for place, length in pairs]
 
-def test_a_frame_longer_than_its_buffer_in_a_burst_is_dropped_and_not_handed_over_cut() -> None:
-    """When the host raised the MTU in the meantime. A datagram socket cuts as silently as a tap."""
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with near, far:
-        near.setblocking(False)
-        told: list[bool] = []
-        port = tap_linux.LinuxTapPort(near.fileno(), lambda: told.append(True))
-        room = LendingRoom(100)
-        for size in (60, 100, 101, 70):
-            far.send(bytes(size))
-        assert port.read_burst(room, 8) == 2
-        assert room.lengths == [60, 100]
-        assert port.dropped == {"too long": 1} and told
-        assert port.read_burst(room, 8) == 1 and room.lengths == [60, 100, 70]
+
+def outbox_of(tap: LinuxTap) -> Outbox:
+    outbox = tap.ports[0].outbox
+    if outbox is None:
+        unmet("this kernel has no io_uring for us")
+    return outbox
+
+
+def take(outbox: Outbox, frames: Sequence[bytes]) -> list[int]:
+    """Has the outbox take frames that lie apart in memory; returns their lengths."""
+    buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
+    lengths = [len(frame) for frame in frames]
+    taken = outbox.take([ctypes.addressof(b) for b in buffers], lengths, sum(lengths))
+    assert bytes(taken[: sum(lengths)]) == b"".join(frames)
+    return lengths
+
+
+@needs_tap
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_a_burst_of_short_frames_arrives_in_its_order(
+    namespace: str, tap: LinuxTap, count: int
+) -> None:
+    """Again and again, so that the rings that the kernel shares go round."""
+    outbox = outbox_of(tap)
+    with udp_socket(namespace) as endpoint:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        port = endpoint.getsockname()[1]
+        for turn in range(7):
+            texts = [b"%d of %d %s" % (n, turn, b"x" * (n * turn)) for n in range(count)]
+            lengths = take(outbox, [PLAIN + udp(5000, port, text) for text in texts])
+            assert outbox.send(lengths) == count
+            assert [endpoint.recv(2000) for _ in texts] == texts
+    assert not tap.ports[0].dropped
+
+
+@needs_tap
+def test_frames_of_a_burst_that_the_kernel_refuses_are_counted(
+    namespace: str, tap: LinuxTap
+) -> None:
+    outbox = outbox_of(tap)
+    bad = NET_HDR.pack(0, 0x77, 0, 0, 0, 0, 0)
+    with udp_socket(namespace) as endpoint:
+        good = udp(5000, endpoint.getsockname()[1], b"good")
+        lengths = take(outbox, [bad + good, PLAIN + good, bad + good])
+        assert outbox.send(lengths) == 3
+        assert endpoint.recv(100) == b"good"
+    assert tap.ports[0].dropped == {"bad header": 2}
+    tap.set_up(False)
+    assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 3
+    assert tap.ports[0].dropped == {"bad header": 2, "interface down": 3}
+
+
+@needs_tap
+@pytest.mark.parametrize(
+    ("answers", "dealt_with", "dropped"),
+    [
+        ([26, 26, -errno.EAGAIN, -errno.EAGAIN], 2, {}),
+        ([-errno.EAGAIN] * 4, 0, {}),
+        ([26, -errno.EAGAIN, 26, -errno.EAGAIN], 3, {"full": 1}),
+        ([-errno.ENOMEM, 26, -errno.ENOBUFS, 26], 4, {"no memory": 2}),
+        ([26, 26], 2, {}),  # the kernel would not start more
+    ],
+)
+def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
+    tap: LinuxTap,
+    answers: list[int],
+    dealt_with: int,
+    dropped: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But nothing is sent behind a frame that came after it."""
+    outbox = outbox_of(tap)
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
+    assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
+    assert tap.ports[0].dropped == dropped
+
+
+@needs_tap
+def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap) -> None:
+    outbox = outbox_of(tap)
+    ip("-n", namespace, "link", "del", tap.name)
+    with pytest.raises(OSError, match="bad state"):
+        outbox.send(take(outbox, [PLAIN + bytes(60)]))
+    with pytest.raises(OSError, match="bad state"):
+        tap.ports[0].read_burst(LendingRoom(2000), 64)
+
+
+@needs_tap
+def test_memory_that_is_not_there_is_an_error_and_nothing_is_sent(tap: LinuxTap) -> None:
+    """As when a guest's file was cut short: a signal would end the process."""
+    outbox = outbox_of(tap)
+    with pytest.raises(OSError, match="Bad address"):
+        outbox.take([1 << 20], [64], 64)
+    present = ctypes.create_string_buffer(64)
+    with pytest.raises(OSError, match="Bad address"):
+        outbox.take([ctypes.addressof(present), 1 << 20], [64, 64], 128)
+
+
+@needs_tap
+def test_short_frames_are_read_in_their_order_many_at_a_time(namespace: str, tap: LinuxTap) -> None:
+    outbox_of(tap)
+    room = LendingRoom(1600)
+    port = tap.ports[0]
+    assert port.read_burst(room, 64) == 0
+    texts = [bytes([n]) * (n + 1) for n in range(150)]
+    with udp_socket(namespace) as endpoint:
+        for text in texts:
+            endpoint.sendto(text, (OURS, 7000))
+    assert port.read_burst(room, 64) == 64
+    room.completes = False
+    assert port.read_burst(room, 9) == 9
+    room.completes = True
+    assert port.read_burst(room, 128) == 77
+    assert port.read_burst(room, 64) == 0
+    assert [frame[54:] for frame in room.frames] == texts
+    completed = [frame[:12] == bytes(10) + b"\7\0" for frame in room.frames]
+    assert completed == [True] * 64 + [False] * 9 + [True] * 77
+
+
+@needs_tap
+def test_a_frame_longer_than_its_place_is_dropped_and_not_handed_over_cut(
+    namespace: str, tap: LinuxTap
+) -> None:
+    """When the host raised the MTU in the meantime: a tap cuts silently."""
+    outbox_of(tap)
+    port = tap.ports[0]
+    tap.set_mtu(3000)
+    port.longest = 187  # 12 and a byte more make 200
+    room = LendingRoom(200)
+    with udp_socket(namespace) as endpoint:
+        for size in (20, 145, 146, 500, 30):  # 42 bytes of headers
+            endpoint.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    assert port.read_burst(room, 8) == 3
+    assert [frame[54:] for frame in room.frames] == [b"\24" * 20, b"\x91" * 145, b"\36" * 30]
+    assert port.dropped == {"too long": 2}
+    assert port.longest == 3022
+
+
+@needs_tap
+def test_a_frame_that_comes_after_there_had_been_none_moves_up(
+    tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read of a burst finds out by itself whether a frame waits."""
+    outbox_of(tap)
+    room = LendingRoom(100)
+
+    def submit(*_: object) -> list[int]:
+        for number, place in enumerate(room.memory[:4]):
+            place[12:] = bytes([number]) * 88
+        return [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4]
+
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
+    tap.ports[0].longest = 80
+    assert tap.ports[0].read_burst(room, 8) == 3
+    assert [frame[12:] for frame in room.frames] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
+
+
+@needs_tap
+def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sandbox may do to a process that has opened its tap."""
+
+    def forbidden(*_: object) -> list[int]:
+        raise PermissionError(errno.EPERM, "io_uring: not permitted")
+
+    outbox, port = outbox_of(tap), tap.ports[0]
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
+    assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 0
+    assert port.outbox is None and not port.dropped
+    room = PieceRoom()
+    with udp_socket(namespace) as endpoint:
+        assert port.write_burst([[PLAIN, udp(5000, endpoint.getsockname()[1], b"hello")]]) == 1
+        assert endpoint.recv(100) == b"hello"
+        endpoint.sendto(b"and back", (OURS, 7000))
+        receive(port, room, lambda: len(room.frames) == 1)
+
+
+class VectorRoom(LendingRoom):
+    """Lends one place of a hundred bytes and a longer one behind it, for one frame at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.behind = (ctypes.c_ubyte * 3000)()
+        self.vectors = IoVectors(2)
+        self.got: list[bytes] = []
+
+    def lend_apart(self, limit: int, longest: int) -> None:  # type: ignore[override]
+        return None
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]
+        places = [ctypes.addressof(self.memory[0]), ctypes.addressof(self.behind)]
+        self.vectors.put(0, places, [100, longest])
+        return self.vectors, 0, 2
+
+    def commit_together(self, length: int) -> None:
+        self.got.append((bytes(self.memory[0]) + bytes(self.behind))[:length])
+
+
+@needs_tap
+def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: LinuxTap) -> None:
+    """And what is longer than was asked for is not handed over, since it may have been cut."""
+    port, room = tap.ports[0], VectorRoom()
+    tap.set_mtu(3000)
+    port.longest = 1000
+    with udp_socket(namespace) as sender:
+        for size in (10, 700, 958, 959, 20):  # 42 bytes of headers
+            sender.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    assert port.read_burst(room, 64) == 4
+    assert [len(frame) - 54 for frame in room.got] == [10, 700, 958, 20]
+    assert room.got[1][54:] == b"\xbc" * 700
+    assert port.dropped == {"too long": 1} and port.longest == 3022
+
+
+@needs_tap
+def test_where_io_uring_is_forbidden_frames_go_one_by_one(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "io_uring: not permitted")
+
+    monkeypatch.setattr(tap_linux, "RequestRing", forbidden)
+    with closing(LinuxTap("tl%d", namespace=namespace)) as tap:
+        configure(namespace, tap)
+        assert tap.ports[0].outbox is None
+        with udp_socket(namespace) as endpoint:
+            frame: Frame = [PLAIN, udp(5000, endpoint.getsockname()[1], b"hello")]
+            assert tap.ports[0].write_burst([frame]) == 1
+            assert endpoint.recv(100) == b"hello"
+
+
+@needs_tap
+def test_a_closed_tap_leaves_nothing_open_and_can_be_had_again(namespace: str) -> None:
+    before = open_fds()
+    for _ in range(3):
+        with closing(LinuxTap("tlagain", namespace=namespace)):
+            pass
+    assert open_fds() == before

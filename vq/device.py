@@ -357,8 +357,16 @@ class Device(ABC):
             self.stats["stray_kicks"] += 1
             return
         queue = self.queues[index]
-        while (ring := self.ready_ring(queue)) is not None:
-            if not self._run(queue.name, self.process, queue, ring):
+        # Kicks are what a device hears most of, so `ready_ring` and `_run` stand here in line.
+        while queue.enabled and self._status & _WORKING_BITS == _DRIVER_OK:
+            ring = queue.ring
+            if ring is None:
+                return
+            try:
+                if not self.process(queue, ring):
+                    return
+            except Exception as error:
+                self._step_failed(queue.name, error)
                 return
             if self.on_work_left is not None:
                 self.on_work_left(index)
@@ -411,6 +419,13 @@ class Device(ABC):
         if queue.enabled and self._status & _WORKING_BITS == _DRIVER_OK:
             return queue.ring
         return None
+
+    def holds(self, queue: Queue, ring: SplitRing) -> bool:
+        """Whether `ring` is still the device's to work on.
+
+        A driver may act from within any notification: after a reset the memory is its own again.
+        """
+        return queue.ring is ring and queue.enabled and self._status & _WORKING_BITS == _DRIVER_OK
 
     def close(self) -> None:
         """Gives back what the device holds of the host's. Closing twice is allowed."""
@@ -492,13 +507,20 @@ class Device(ABC):
         """Lets the device model take a step; None when that failed: the device needs a reset."""
         try:
             return step(*args, **kwargs)
-        except DriverError as error:
-            self._driver_broke(error)
         except Exception as error:
-            # A fault of ours must not become the death of every other guest's device.
+            self._step_failed(what, error)
+        return None
+
+    def _step_failed(self, what: str, error: Exception) -> None:
+        """The driver's fault or the model's; the device needs a reset. Called where it is caught.
+
+        A fault of ours must not become the death of every other guest's device.
+        """
+        if isinstance(error, DriverError):
+            self._driver_broke(error)
+        else:
             log.exception("%s: the device model failed", what)
             self._fail(error)
-        return None
 
     def _refusal(self) -> str | None:
         """Why the accepted features cannot be, or None."""

@@ -19,18 +19,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeAlias
 
+from vq.gather import IoVectors
 from vq.offload import ALL, Offload
 
 __all__ = [
     "MAX_FRAME",
     "SHORT_OF_MEMORY",
-    "BurstRoom",
     "Frame",
     "FrameBuffer",
     "Link",
     "LoopbackLink",
     "NullLink",
+    "Outbox",
     "PairedLink",
+    "Places",
+    "PlacesRoom",
     "Port",
     "QueuePort",
     "Room",
@@ -65,20 +68,62 @@ class Room(Protocol):
         """
 
 
-class BurstRoom(Room, Protocol):
-    """A room that also lends for many short frames at a time; a link need not make use of it."""
+class PlacesRoom(Room, Protocol):
+    """A room that also lends places by address; a link need not make use of that.
 
-    def lend_burst(self, limit: int, longest: int) -> Sequence[memoryview]:
-        """Views for up to `limit` frames, each with room for a net header, a frame of `longest`
-        bytes behind it, and a byte more, by which the link knows one that was longer.
+    Places are host-virtual addresses and lengths in bytes. They stay mapped until the room is asked
+    for something else. Net headers go into them too, with num_buffers 0.
+    """
 
-        Empty when frames have to be dealt with one by one.
+    def lend_apart(self, limit: int, longest: int) -> Places | None:
+        """A place each for up to `limit` frames of up to `longest` bytes, and a byte more, by which
+        the link knows a frame that was longer.
+
+        None when frames have to be dealt with one by one.
         """
 
-    def commit_burst(self, lengths: Sequence[int]) -> None:
-        """Frames stand in the first views that were lent, each of so many bytes, header included.
+    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+        """Frames stand in the first places that were lent, each of so many bytes, header included.
 
-        The header's num_buffers is 0.
+        `headers` is a private copy of their net headers, one behind another. When the answer is
+        true it was made complete, and the link puts the headers back into the places.
+        """
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        """Places that the next frame fills one after another, with room for one of `longest` bytes
+        and a byte more: vectors, the number of the first of them, and how many they are.
+
+        None when it has to be read into `views`.
+        """
+
+    def commit_together(self, length: int) -> None:
+        """A frame stands there, of so many bytes, header included."""
+
+
+Places: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""Addresses, and lengths in bytes."""
+
+
+class Outbox(Protocol):
+    """A port's way to send many short frames at a time: they are copied, looked at, and sent.
+
+    In Python to look at each frame's place in the guest's memory costs more than to copy it.
+    """
+
+    most_bytes: int
+    """What it takes at a time, net headers included; frames are at most 64."""
+
+    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+        """A private copy of frames with their net headers, one right behind another, in `total`
+        bytes; what follows in the view means nothing.
+
+        Raises `OSError` when that memory cannot be read.
+        """
+
+    def send(self, lengths: Sequence[int]) -> int:
+        """Sends what was taken; returns how many frames it dealt with, as `Port.write_burst` does.
+
+        Their headers leave nothing undone, and no frame is too short.
         """
 
 
@@ -89,6 +134,10 @@ class Port(ABC):
     """Called by a port without a file descriptor when frames start to wait in it."""
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
+    none_waits_inside: ClassVar[bool] = False
+    """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
+    read before there is none. A port that keeps frames in this process must be read to the end."""
+    outbox: Outbox | None = None
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
@@ -181,6 +230,12 @@ class Tap(Link):
         """Takes note of what holds for the interface by now: sets `delivers` and `max_frame`.
 
         Nothing is asked of the kernel.
+        """
+
+    def keep_control(self) -> None:
+        """The ports are another process's from now on: gives back what only they need.
+
+        After this everything works but what moves frames.
         """
 
     @abstractmethod

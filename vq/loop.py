@@ -1,7 +1,13 @@
 """One event loop for everything that a process serves: sockets, kicks, links and timers.
 
-A thin layer over `selectors`: callbacks for descriptors that become readable or writable, callbacks
-for the next turn, and timers. One thread; nothing here knows what the descriptors are.
+A thin layer over the system's poller: callbacks for descriptors that become readable or writable,
+callbacks for the next turn, and timers. One thread; nothing here knows what the descriptors are.
+
+To fall asleep and be woken costs more than a frame does. So where the next event is likely to be
+near, the loop looks for it a little while before it sleeps. It expects what was: after the last
+event of the same descriptor, did the next event, of any descriptor, come soon? So the answers of an
+exchange of one frame at a time find the loop awake, and pings far apart cost no processor time
+beyond their own.
 """
 
 from __future__ import annotations
@@ -10,10 +16,12 @@ import contextlib
 import heapq
 import itertools
 import os
+import select
 import selectors
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 __all__ = ["Loop", "Timer"]
 
@@ -23,7 +31,9 @@ Callback = Callable[[], None]
 
 
 LINGER = 50e-6
-"""Seconds for which a loop that was busy looks for more before it sleeps."""
+"""Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
+_MOST_EVENTS = 64
+"""Events taken in one turn; what is left comes in the next, those that waited longest first."""
 
 
 class Timer:
@@ -46,24 +56,84 @@ class _Watch:
         self.readable = readable
         self.writable = writable
 
-    @property
-    def events(self) -> int:
-        return (selectors.EVENT_READ if self.readable else 0) | (
-            selectors.EVENT_WRITE if self.writable else 0
-        )
+
+class _Poller(Protocol):
+    """What the loop needs of the system; events are sets of bits."""
+
+    read: int
+    """What to register for to hear when a descriptor is readable."""
+    write: int
+    readable: int
+    """The events of which any means that to read does not block; errors and hang-ups count."""
+    writable: int
+
+    def register(self, fd: int, events: int, /) -> object:
+        """Begins to watch."""
+
+    def modify(self, fd: int, events: int, /) -> object:
+        """Watches for other events."""
+
+    def unregister(self, fd: int, /) -> object:
+        """Ends to watch."""
+
+    def poll(self, timeout: float | None, most: int, /) -> list[tuple[int, int]]:
+        """Ready descriptors and their events; waits up to `timeout` seconds (None: for ever)."""
+
+    def close(self) -> None:
+        """Gives back what the system lent."""
+
+
+_epoll = getattr(select, "epoll", None)
+
+
+class _Epoll:
+    """epoll(7), whose answers are in the right form already."""
+
+    read, write = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)
+    readable, writable = ~write, ~read
+
+    def __init__(self) -> None:
+        assert _epoll is not None
+        epoll = _epoll()
+        self.register, self.modify, self.unregister = epoll.register, epoll.modify, epoll.unregister
+        self.poll, self.close = epoll.poll, epoll.close
+
+
+class _Selector:
+    """kqueue(2), poll(2): what `selectors` finds best elsewhere."""
+
+    read = readable = selectors.EVENT_READ
+    write = writable = selectors.EVENT_WRITE
+
+    def __init__(self) -> None:
+        selector = selectors.DefaultSelector()
+        self.register, self.modify = selector.register, selector.modify
+        self.unregister, self.close = selector.unregister, selector.close
+        self._select = selector.select
+
+    def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
+        """See `_Poller`. All that are ready, however many."""
+        return [(key.fd, events) for key, events in self._select(timeout)]
+
+
+_POLLER: type[_Poller] = _Epoll if _epoll is not None else _Selector
 
 
 class Loop:
     """Runs callbacks. Whatever a callback raises comes out of `run` or `run_once`."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._poller = _POLLER()
+        self._poll = self._poller.poll
+        self._readable, self._writable = self._poller.readable, self._poller.writable
         self._watches: dict[int, _Watch] = {}
+        self._changed: set[int] = set()  # what is watched otherwise since the turn began
         self._soon: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopping = False
-        self._busy = False
+        self._last = -1  # the descriptor of the last event
+        self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -81,16 +151,19 @@ class Loop:
         Without any callback the descriptor is not watched any more; that has to happen before it
         is closed. Raises `OSError` for a descriptor that cannot be polled (a plain file).
         """
-        watch = _Watch(readable, writable)
-        if not watch.events:
+        poller = self._poller
+        events = (poller.read if readable else 0) | (poller.write if writable else 0)
+        self._changed.add(fd)
+        if not events:
             if self._watches.pop(fd, None) is not None:
-                self._selector.unregister(fd)
+                poller.unregister(fd)
+                self._soon_after.discard(fd)
             return
         if fd in self._watches:
-            self._selector.modify(fd, watch.events, watch)
+            poller.modify(fd, events)
         else:
-            self._selector.register(fd, watch.events, watch)
-        self._watches[fd] = watch
+            poller.register(fd, events)
+        self._watches[fd] = _Watch(readable, writable)
 
     def call_soon(self, callback: Callback) -> None:
         """Calls back once in the next turn, after descriptors that are ready have had theirs."""
@@ -115,16 +188,21 @@ class Loop:
 
     def run_once(self, timeout: float | None = None) -> None:
         """One turn: waits up to `timeout` seconds (None: for ever) and runs what is due."""
-        for key, events in self._ready(self._patience(timeout)):
+        watches, changed = self._watches, self._changed
+        if changed:
+            changed.clear()
+        for fd, events in self._ready(self._patience(timeout)):
             # An earlier callback of this turn may have given the number to another descriptor.
-            watch: _Watch = key.data
-            if events & selectors.EVENT_READ and watch.readable and self._is_current(key.fd, watch):
+            if fd in changed:
+                continue
+            watch = watches.get(fd)
+            if watch is None:  # a duplicate that its watcher closed without a word
+                continue
+            if events & self._readable and watch.readable is not None:
                 watch.readable()
-            if (
-                events & selectors.EVENT_WRITE
-                and watch.writable
-                and self._is_current(key.fd, watch)
-            ):
+                if fd in changed:
+                    continue
+            if events & self._writable and watch.writable is not None:
                 watch.writable()
         for _ in range(len(self._soon)):
             self._soon.popleft()()
@@ -141,30 +219,35 @@ class Loop:
 
     def close(self) -> None:
         """Gives back the loop's own descriptors; what is watched is the watchers' to close."""
-        self._selector.close()
+        self._poller.close()
         self._watches.clear()
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
 
-    def _ready(self, patience: float | None) -> list[tuple[selectors.SelectorKey, int]]:
-        """What is ready, waiting for it up to `patience` seconds (None: for ever).
-
-        Where something has just been done the next thing is often not far: to look for it a little
-        while costs less than to fall asleep and be woken.
-        """
-        select = self._selector.select
-        if self._busy and (patience is None or patience > LINGER):
-            end = time.monotonic() + LINGER
-            while time.monotonic() < end:
-                ready = select(0)
+    def _ready(self, patience: float | None) -> list[tuple[int, int]]:
+        """What is ready, waiting for it up to `patience` seconds (None: for ever)."""
+        poll = self._poll
+        if patience is not None and patience <= LINGER:
+            return poll(patience, _MOST_EVENTS)
+        began = time.monotonic()
+        if self._last in self._soon_after:
+            while True:
+                ready = poll(0, _MOST_EVENTS)
                 if ready:
+                    self._last = ready[-1][0]
                     return ready
-        ready = select(patience)
-        self._busy = bool(ready)
+                looked = time.monotonic() - began
+                if looked > LINGER:
+                    break
+            self._soon_after.discard(self._last)
+            if patience is not None:
+                patience = max(0.0, patience - looked)
+        ready = poll(patience, _MOST_EVENTS)
+        if ready:
+            if time.monotonic() - began <= LINGER:
+                self._soon_after.add(self._last)
+            self._last = ready[-1][0]
         return ready
-
-    def _is_current(self, fd: int, watch: _Watch) -> bool:
-        return self._watches.get(fd) is watch
 
     def _patience(self, timeout: float | None) -> float | None:
         if self._soon or self._stopping:

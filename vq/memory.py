@@ -31,7 +31,16 @@ from vq.errors import AddressError, UsageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DirtyLog", "GuestMemory", "Region", "fence", "order_loads", "order_stores"]
+__all__ = [
+    "DirtyLog",
+    "GuestMemory",
+    "Region",
+    "address_of",
+    "fence",
+    "map_shared",
+    "order_loads",
+    "order_stores",
+]
 
 SYSTEM_CALLS = ("ftruncate", "memfd_create")
 
@@ -216,7 +225,7 @@ class Region(_Window):
             granule = block
         skipped = self.offset % granule
         length = -(-(skipped + self.size) // granule) * granule
-        whole, address = _map_shared(self.fd, self.offset - skipped, length)
+        whole, address = map_shared(self.fd, self.offset - skipped, length)
         view = whole[skipped : skipped + self.size]
         address += skipped
         self._span = (self.gpa, self.gpa + self.size, view, address)
@@ -603,7 +612,7 @@ class GuestMemory:
     def _gpa_of(self, view: memoryview) -> int:
         """The guest-physical address of a view's first byte."""
         try:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+            address = address_of(view)
         except TypeError:
             raise UsageError("only writable views in one piece can be marked dirty") from None
         index = bisect_right(self._addresses, address, key=lambda pair: pair[0]) - 1
@@ -612,6 +621,11 @@ class GuestMemory:
             if 0 <= address - base < end - start:
                 return start + address - base
         raise UsageError("a view to be marked dirty is not of this memory")
+
+
+def address_of(view: memoryview) -> int:
+    """The host-virtual address of a view's first byte. `TypeError` unless it is writable."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _fence_by_lock() -> None:
@@ -713,7 +727,7 @@ _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def _map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
+def map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
     """Maps part of a file; the mapping goes when the last view of it does. View and address."""
     kind = ctypes.c_ubyte * length
     protection = mmap.PROT_READ | mmap.PROT_WRITE
@@ -721,7 +735,7 @@ def _map_shared(fd: int, offset: int, length: int) -> tuple[memoryview, int]:
     if address == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(
-            number, f"cannot map {length:#x} bytes of guest memory: {os.strerror(number)}"
+            number, f"cannot map {length:#x} bytes of shared memory: {os.strerror(number)}"
         )
     # Views keep the array that they show; the array's end is the mapping's. At exit the kernel
     # unmaps, since a view may then be alive still.

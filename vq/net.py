@@ -39,7 +39,7 @@ from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
 from vq.net_filter import BROADCAST, MAX_TABLE, ReceiveFilter
 from vq.net_receive import ReceiveWindow
-from vq.net_transmit import FrameMaker, Responder
+from vq.net_transmit import MOST_AT_ONCE, FrameMaker, Responder
 from vq.offload import (
     Offload,
     features_for_guest,
@@ -47,9 +47,10 @@ from vq.offload import (
     guest_offloads,
     host_offloads,
 )
+from vq.pace import Pace
 from vq.packet import copy_range
 from vq.software import PLAIN_HEADER
-from vq.split_ring import Chain, SplitRing
+from vq.split_ring import Chain, Run, SplitRing
 
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
@@ -63,6 +64,8 @@ MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
 COMMANDS_PER_TURN = 8
 """Each may be 64 KiB long, and make the link change its offloads by a system call."""
+_NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
+_WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
@@ -242,6 +245,7 @@ class NetDevice(Device):
         self._active_pairs = 1
         self._interrupted.clear()
         self._windows: dict[int, ReceiveWindow] = {}
+        self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
@@ -258,6 +262,7 @@ class NetDevice(Device):
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
             )
+            self._paces[queue.index] = Pace()
             self._configure_receiving()
         if self.status & Status.DRIVER_OK:
             self._activate_ports()
@@ -300,7 +305,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        self._catch_up()
+        if self._interrupted:
+            self._catch_up()
         return more
 
     def _catch_up(self) -> None:
@@ -321,13 +327,6 @@ class NetDevice(Device):
                 self.notify(self._interrupted.pop(0))
         finally:
             self._catching_up = False
-
-    def _holds(self, queue: Queue, ring: SplitRing) -> bool:
-        """Whether `ring` is still ours to work on.
-
-        A driver may act from within any notification. After a reset the memory is its own again.
-        """
-        return self.ready_ring(queue) is ring
 
     def close(self) -> None:
         """Closes the link."""
@@ -396,7 +395,8 @@ class NetDevice(Device):
         """
         addresses = mac + bytes(4) + mac + bytes(4)
         request = BROADCAST + mac + _RARP_REQUEST + addresses
-        self._write(0, [[PLAIN_HEADER, request.ljust(_SHORTEST, b"\0")]])
+        frame = request.ljust(_SHORTEST, b"\0")
+        self._write(0, [[PLAIN_HEADER, frame]], len(frame))
 
     def set_mtu(self, mtu: int) -> bool:
         """Takes the MTU that the host's network has; False when the device told the guest more."""
@@ -460,20 +460,29 @@ class NetDevice(Device):
         backlog = self._backlogs.get(queue.index)
         if backlog is None:
             return False
-        if backlog and not (self._send_backlog(queue, ring) and self._holds(queue, ring)):
+        if backlog and not (self._send_backlog(queue, ring) and self.holds(queue, ring)):
             return False
         ring.disable_kicks()
         for _ in range(BURSTS_PER_TURN):
-            chains = ring.pop_burst(BURST)
+            chains, sent = _NONE_TAKEN
+            if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
+                chains, sent = self._send_plain(queue, ring)
+                if sent and self.holds(queue, ring):
+                    self.publish(queue)
+                if not self.holds(queue, ring):
+                    return False
+            if not (chains or sent):
+                chains = ring.pop_burst(BURST)
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
                 if burst.left:
                     ring.undo_pop(burst.left)
-                blocked = not self._send(queue, ring, burst.frames, burst.owners)
-                if self._holds(queue, ring):
-                    ring.write_used_burst(burst.dropped)
+                blocked = not self._send(queue, ring, burst.frames, burst.owners, burst.size)
+                if self.holds(queue, ring):
+                    if burst.dropped:
+                        ring.write_used_burst(burst.dropped)
                     self.publish(queue)
-                if not self._holds(queue, ring):
+                if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
                     if not self.inject(answer):
@@ -484,11 +493,34 @@ class NetDevice(Device):
                     return False
                 if burst.left:
                     return True  # that was more than a turn's work
+            elif sent:
+                continue
             elif not ring.enable_kicks():
                 return False
             else:
                 ring.disable_kicks()
         return True
+
+    def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
+        """Sends a burst of short frames that leave nothing undone, if that is what comes next.
+
+        Returns chains that it took and did not send, in their order, and how many frames it sent.
+        """
+        port_index = self._port_index(queue)
+        outbox = self.link.ports[port_index].outbox
+        if outbox is None or port_index in self._broken:
+            return _NONE_TAKEN
+        run = Run(ring, writable=False)
+        run.pop(MOST_AT_ONCE)
+        try:
+            sent = self._frame_maker.send_plain(run, outbox)
+        except OSError as error:
+            self._port_broke(port_index, error)
+            sent = 0
+        if not self.holds(queue, ring):
+            return (), sent
+        run.give_back([0] * sent)
+        return run.to_chains(), sent
 
     def _send(
         self,
@@ -496,15 +528,17 @@ class NetDevice(Device):
         ring: SplitRing,
         frames: Sequence[Frame],
         owners: Sequence[Chain | None],
+        size: int,
     ) -> bool:
-        """Gives frames to the link, and the chains of those it took back to the guest.
+        """Gives frames to the link, `size` bytes in all, and the chains of those it took back to
+        the guest.
 
         What the link has no room for is kept for later; then the answer is False.
         """
         if not frames:
             return True
-        sent = self._write(self._port_index(queue), frames)
-        if not self._holds(queue, ring):
+        sent = self._write(self._port_index(queue), frames, size)
+        if not self.holds(queue, ring):
             return False
         done = owners if sent == len(owners) else owners[:sent]
         ring.write_used_burst([chain for chain in done if chain is not None])
@@ -520,13 +554,13 @@ class NetDevice(Device):
         frames = [frame for frame, _ in backlog]
         owners = [chain for _, chain in backlog]
         backlog.clear()
-        all_sent = self._send(queue, ring, frames, owners)
+        all_sent = self._send(queue, ring, frames, owners, _payload(frames))
         if all_sent:
             self._watch_writing(self._port_index(queue))
         self.publish(queue)
         return all_sent
 
-    def _write(self, port_index: int, frames: Sequence[Frame]) -> int:
+    def _write(self, port_index: int, frames: Sequence[Frame], size: int) -> int:
         if port_index not in self._broken:
             try:
                 sent = self.link.ports[port_index].write_burst(frames)
@@ -534,7 +568,8 @@ class NetDevice(Device):
                 self._port_broke(port_index, error)
             else:
                 self.stats["tx_frames"] += sent
-                self.stats["tx_bytes"] += _payload(frames[:sent])
+                all_sent = sent == len(frames)
+                self.stats["tx_bytes"] += size if all_sent else _payload(frames[:sent])
                 return sent
         self.stats["tx_dropped: link gone"] += len(frames)
         return len(frames)
@@ -552,9 +587,9 @@ class NetDevice(Device):
             if self._port_feeds(queue):
                 more = self._read_bursts(queue, ring, window)
         finally:
-            if self._holds(queue, ring) and window.flush():
+            if self.holds(queue, ring) and window.flush():
                 self.publish(queue)
-        if not self._holds(queue, ring):
+        if not self.holds(queue, ring):
             return False
         if window.starved:
             if ring.enable_kicks():
@@ -568,16 +603,29 @@ class NetDevice(Device):
         """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
         port = self.link.ports[index]
+        pace = self._paces[queue.index]
+        # Where frames come one at a time there is no look for a second one: an event loop, if there
+        # is one, looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        polled = port.none_waits_inside and self.on_work_left is not None
+        alone = pace.begin() and polled
+        frames = 0
         try:
             for _ in range(BURSTS_PER_TURN):
-                moved = port.read_burst(window, BURST)
-                if self._holds(queue, ring) and window.flush():
+                moved = port.read_burst(window, 1 if alone else BURST)
+                frames += moved
+                if not self.holds(queue, ring):
+                    return False
+                if window.flush():
                     self.publish(queue)
-                if moved < BURST or not self._holds(queue, ring):
+                    if not self.holds(queue, ring):
+                        return False
+                if alone or moved < BURST:
                     return False
         except OSError as error:
             self._port_broke(index, error)
             return False
+        finally:
+            pace.end(frames)
         return True
 
     def _port_feeds(self, queue: Queue) -> bool:
@@ -727,7 +775,7 @@ class NetDevice(Device):
     def _want_readable(self, queue: Queue, reading: bool) -> None:
         if queue.index // 2 < len(self._port_watches):
             watch = self._port_watches[queue.index // 2]
-            if watch is not None:
+            if watch is not None and not (reading and watch.reading):
                 watch.want(reading=reading and self._port_feeds(queue))
 
     def _watch_writing(self, port_index: int) -> None:
@@ -757,14 +805,14 @@ class NetDevice(Device):
                     section="5.1.6.5",
                 )
             done = carry_out(self, copy_range(chain.readable, 0, MAX_COMMAND + 1))
-            if not self._holds(queue, ring):
+            if not self.holds(queue, ring):
                 return False
             chain.writable[0][0] = CTRL_OK if done else CTRL_ERR
             chain.written = 1
             ring.write_used(chain)
             self.stats["control_commands" if done else "control_refused"] += 1
         self.publish(queue)
-        return self._holds(queue, ring) and (bool(chains) or ring.enable_kicks())
+        return self.holds(queue, ring) and (bool(chains) or ring.enable_kicks())
 
 
 def _payload(frames: Sequence[Frame]) -> int:

@@ -4,30 +4,50 @@
 guest's buffers. What must not or cannot go there directly takes the way through private memory: all
 frames when a locked MAC decides over them, a frame that leaves undone what the guest does not take,
 and the part of a frame that is longer than the buffers gathered for it.
+
+There are two ways to hold the buffers. Usual ones are held in a `Run` and lent by address, at a
+small part of the price; anything else is held as chains and lent as views. What the short way does
+not know (a filter's private frames, a frame that waits, a buffer of several pieces) is left to the
+plain one: the run becomes chains, and while there are any, these are used.
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
-from vq.link import MAX_FRAME, Frame, scatter
+from vq.gather import IoVectors
+from vq.link import MAX_FRAME, Frame, Places, scatter
+from vq.memory import address_of
 from vq.offload import Offload
 from vq.packet import copy_range, cut
 from vq.software import HeaderLie, finish
-from vq.split_ring import Chain, SplitRing
+from vq.split_ring import Chain, Run, SplitRing
 
 __all__ = ["ReceiveWindow"]
 
 _REFILL = 64
 _MOST_WAITING = 64
 """Frames of the host's own kept for a guest that offers no buffers."""
+_DETOUR = 64
+"""Frames that go the plain way before the short one is tried again."""
 _START = 16
 """Bytes of a frame that filters look at: addresses, type, one VLAN tag."""
+_SHORTEST = NET_HDR_SIZE + _START
+"""Shorter buffers are held as chains."""
+_MOST_LENT = 1000  # the kernel takes 1024 vectors at a time
+_VECTORS = 2048
+_NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
+_ONES = memoryview(b"\1" * _REFILL)
+_ZEROS = memoryview(bytes(_REFILL))
 
 
 class ReceiveWindow:
@@ -53,10 +73,14 @@ class ReceiveWindow:
         self._ring = ring
         self._mergeable = mergeable
         self._stats = stats
-        self._chains: list[Chain] = []
+        spill = (ctypes.c_ubyte * MAX_FRAME)()
+        self._spill = memoryview(spill).cast("B")
+        self._usual = _UsualBuffers(ring, self._spill)
+        self._chains: list[Chain] = []  # empty while there are usual ones
         self._finished: list[Chain] = []
+        self._detour = 0  # frames for which the plain way is kept to
+        self._given_back = False  # whether used elements were written since the last flush
         self._pending: deque[Frame] = deque()
-        self._spill = memoryview(bytearray(MAX_FRAME))
         self._views: list[memoryview] = []  # lent for the next frame, the spill last
         self._first_room = 0  # bytes of the frame that the first buffer takes
         self._gathered = 1  # buffers that the views lie in
@@ -87,6 +111,7 @@ class ReceiveWindow:
 
     def views(self) -> Sequence[memoryview]:
         """Room for the largest frame; empty while there is none. See `vq.link.Room`."""
+        self._leave_usual()
         if (self._pending and not self._place_pending()) or (
             not self._chains and not self._refill()
         ):
@@ -124,14 +149,12 @@ class ReceiveWindow:
             ):
                 self._drop("filtered")
                 return
-        if self.largest_plain is not None and length > self.largest_plain and not header[1]:
-            self._drop("longer than the mtu")
+        if self._over_mtu(header, length):
             return
         if self.private or header[:2] not in self._as_is:
             self.deliver([header, copy_range(views, 0, length)])
             return
-        # As the recent ones: a short frame among long ones changes little.
-        self._expected = max(length, self._expected - (self._expected >> 3))
+        self._expect(length)
         if length <= self._first_room:
             chain = self._chains.pop(0)
             chain.written = NET_HDR_SIZE + length
@@ -141,58 +164,146 @@ class ReceiveWindow:
         else:
             self._commit_over_buffers(header, length)
 
-    def lend_burst(self, limit: int, longest: int) -> Sequence[memoryview]:
-        """One buffer each for frames that need no second look. See `vq.link.Room`."""
-        if (
-            self.private
-            or self._pending
-            or self.wants is not None
-            or (self.largest_plain is not None and self.largest_plain < longest)
-            or not (self._chains or self._refill())
-            or self._shortest <= NET_HDR_SIZE + longest
-        ):
-            return ()
-        return [chain.writable[0] for chain in self._chains[:limit]]
+    def _over_mtu(self, header: bytes, length: int) -> bool:
+        """Whether a frame is longer than it may be, and was dropped for that."""
+        if self.largest_plain is None or length <= self.largest_plain or header[1]:
+            return False
+        self._drop("longer than the mtu")
+        return True
 
-    def commit_burst(self, lengths: Sequence[int]) -> None:
-        """See `vq.link.Room`. What stands in the headers by now concerns the guest alone."""
-        as_is = self._as_is
+    def _expect(self, length: int) -> None:
+        """The next frames are like the recent ones: a short one among long ones changes little."""
+        self._expected = max(length, self._expected - (self._expected >> 3))
+
+    # --- PlacesRoom: the short way --------------------------------------------------------------
+
+    def lend_apart(self, limit: int, longest: int) -> Places | None:
+        """See `vq.link.PlacesRoom`."""
+        if (
+            self.wants is not None
+            or (self.largest_plain is not None and self.largest_plain < longest)
+            or not self._holds_usual()
+        ):
+            return None
+        self._usual.give_back()
+        run = self._usual.run
+        if len(run) < limit:
+            self._usual.refill()
+        if run.shortest <= NET_HDR_SIZE + longest:
+            return None
+        return run.addresses[:limit], run.lengths[:limit]
+
+    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+        """See `vq.link.PlacesRoom`."""
         count = len(lengths)
-        chains = self._chains[:count]
-        others: list[Chain] = []
-        for chain, length in zip(chains, lengths, strict=True):
-            first = chain.writable[0]
-            if (first[0] or first[1]) and bytes(first[:2]) not in as_is:
-                others.append(chain)
-            else:
-                first[10] = 1  # num_buffers (5.1.6.4)
-            chain.written = length
-        if others:
-            self._commit_others(chains, others)
-            return
-        del self._chains[:count]
-        self._finished += chains
+        flags, gso_types = headers[::NET_HDR_SIZE], headers[1::NET_HDR_SIZE]
+        if not _all_zero(flags) or not _all_zero(gso_types):
+            as_is = self._as_is
+            if not all(bytes(pair) in as_is for pair in zip(flags, gso_types, strict=True)):
+                self._commit_one_by_one(lengths, headers)
+                return False
+        headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
+        self._usual.use(lengths)
         self._stats["rx_frames"] += count
         self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
+        return True
 
-    def _commit_others(self, chains: list[Chain], others: list[Chain]) -> None:
-        """Some of the frames that came in a burst leave undone what the guest does not take.
+    def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
+        """Some of the frames leave undone what the guest does not take.
 
-        They are copied, and get their places anew, behind the rest of the burst.
+        All of them are copied, and get their places anew.
         """
         frames: list[Frame] = []
-        for chain in others:
-            first, length = chain.writable[0], chain.written
-            frames.append([bytes(first[:NET_HDR_SIZE]), bytes(first[NET_HDR_SIZE:length])])
-            chain.written = len(first)
-        del self._chains[: len(chains)]
-        self._chains[:0] = others
-        for chain in chains:
-            if chain not in others:
-                self._finished.append(chain)
-                self._count(chain.written - NET_HDR_SIZE)
+        for index, length in enumerate(lengths):
+            start = NET_HDR_SIZE * index
+            header = bytes(headers[start : start + NET_HDR_SIZE])
+            frames.append([header, bytes(self._usual.run.view(index)[NET_HDR_SIZE:length])])
         for frame in frames:
             self.deliver(frame)
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
+        """See `vq.link.PlacesRoom`."""
+        if not self._usual.left and not self._holds_usual():
+            return None
+        return self._usual.lend(NET_HDR_SIZE + longest)
+
+    def commit_together(self, length: int) -> None:
+        """See `vq.link.PlacesRoom`. What the header says by now concerns the guest alone."""
+        usual = self._usual
+        run, at = usual.run, usual.used
+        memory, start = run.memory, run.addresses[at] - run.base
+        header = bytes(memory[start : start + 2])
+        if header not in self._as_is:
+            self._commit_as_chains(length)
+            return
+        payload = length - NET_HDR_SIZE
+        if self.wants is not None and not self.wants(
+            bytes(memory[start + NET_HDR_SIZE : start + min(length, NET_HDR_SIZE + _START)])
+        ):
+            self._drop("filtered")
+            return
+        if self._over_mtu(header, payload):
+            return
+        written: Sequence[int] = (length,)
+        if length > run.lengths[at]:
+            if not self._mergeable:
+                self._drop("longer than the receive buffer")
+                return
+            spread = usual.spread(length)
+            if spread is None:
+                self._commit_as_chains(length)
+                return
+            written = spread
+        _NUM_BUFFERS.pack_into(memory, start + 10, len(written))  # 5.1.6.4
+        usual.use(written)
+        self._count(payload)
+
+    def _commit_as_chains(self, length: int) -> None:
+        """A frame that stands in the first buffers not used yet, and perhaps in the spill."""
+        lent = self._usual.lent
+        self._leave_usual()
+        buffers = [view for chain in self._chains[:lent] for view in chain.writable]
+        views = [*buffers, self._spill]
+        header = copy_range(views, 0, NET_HDR_SIZE)
+        self._views = cut(views, NET_HDR_SIZE)
+        self._gathered = lent
+        self._room = sum(map(len, buffers)) - NET_HDR_SIZE
+        self._first_room = len(buffers[0]) - NET_HDR_SIZE
+        self.commit(header, length - NET_HDR_SIZE)
+
+    def _holds_usual(self) -> bool:
+        """Whether there are usual buffers to use; takes or finds some if none are held."""
+        if self.private or self._pending:
+            return False
+        if self._usual.left:
+            return True
+        if self._chains:
+            self._detour -= 1
+            if self._detour > 0 or not self._shortest:
+                return False
+            self._detour = _DETOUR
+        self._give_back()  # the older ones first
+        if not self._chains:
+            return self._usual.refill()
+        if not self._usual.adopt(self._chains):
+            return False
+        self._chains = []
+        return True
+
+    def _leave_usual(self) -> None:
+        """Goes over to chains."""
+        self._usual.give_back()
+        if self._usual.left:
+            self._detour = _DETOUR
+            self._keep(self._usual.to_chains())
+
+    def _give_back(self) -> None:
+        """Writes the used elements of the buffers that were filled."""
+        self._usual.give_back()
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._ring.write_used_burst(finished)
+            self._given_back = True
 
     # --- for the device -----------------------------------------------------------------------
 
@@ -210,24 +321,27 @@ class ReceiveWindow:
         """Takes a private frame that has passed the filters, and does what the guest does not
         take undone. It is placed as soon as there is room.
         """
+        self._leave_usual()
         self._finish(frame)
         if not self._place_pending():
             self.starved = True
 
     def flush(self) -> bool:
         """Writes the used elements of the buffers that were filled; whether there were any."""
-        if not self._finished:
-            return False
-        finished, self._finished = self._finished, []
-        self._ring.write_used_burst(finished)
-        return True
+        self._give_back()
+        given_back = self._given_back or self._usual.given_back
+        self._given_back = self._usual.given_back = False
+        return given_back
 
     def retry(self) -> None:
         """The guest made buffers available: places what waits for them."""
+        if self._pending:
+            self._leave_usual()
         self.starved = bool(self._pending) and not self._place_pending()
 
     def put_back(self) -> None:
         """Gives the unused buffers back to the ring, for whoever works on it later."""
+        self._leave_usual()
         self._ring.undo_pop(self._chains)
         self._chains.clear()
 
@@ -258,6 +372,10 @@ class ReceiveWindow:
 
     def _refill(self) -> bool:
         chains = self._ring.pop_burst(_REFILL)
+        self._keep(chains)
+        return bool(chains)
+
+    def _keep(self, chains: list[Chain]) -> None:
         shortest = self._shortest if self._chains else MAX_FRAME + NET_HDR_SIZE
         for chain in chains:
             if chain.readable:
@@ -271,7 +389,6 @@ class ReceiveWindow:
                 shortest = size
         self._shortest = shortest
         self._chains.extend(chains)
-        return bool(chains)
 
     def _misfit(self, chains: list[Chain], misfit: Chain) -> DriverError:
         """A chain with readable buffers is given back empty; the others stay."""
@@ -402,6 +519,121 @@ class ReceiveWindow:
 
     def _drop(self, reason: str) -> None:
         self._stats["rx_dropped: " + reason] += 1
+
+
+class _UsualBuffers:
+    """Receive buffers of the usual kind: held in a run, and shown to the kernel as vectors.
+
+    Frames stand in the first `used` of them, which the ring gets back all at once; `left` are for
+    frames to come.
+    """
+
+    def __init__(self, ring: SplitRing, spill: memoryview) -> None:
+        self.run = Run(ring, writable=True)
+        self.used = 0
+        self.left = 0
+        self.lent = 0
+        """How many of those left were lent for the next frame."""
+        self.given_back = False
+        """Whether used elements were written; for the window to set back."""
+        self._written: list[int] = []
+        self._spill = spill
+        self._spill_place = [address_of(spill)], [len(spill)]
+        self._vectors = IoVectors(_VECTORS)
+        self._first = 0  # the vector of the run's first buffer
+        self._shown = 0  # buffers that have a vector; the spill's is behind them
+
+    def refill(self) -> bool:
+        """Takes more buffers; whether there were any."""
+        taken = self.run.pop(_REFILL)
+        self.left += taken
+        return taken > 0
+
+    def adopt(self, chains: Sequence[Chain]) -> bool:
+        """Takes over chains if all of them are of the usual kind. Nothing is held."""
+        if not self.run.adopt(chains):
+            return False
+        self.left = len(chains)
+        return True
+
+    def to_chains(self) -> list[Chain]:
+        """Goes over to chains. All used ones were given back."""
+        self._shown = self.left = 0
+        return self.run.to_chains()
+
+    def lend(self, room: int) -> tuple[IoVectors, int, int] | None:
+        """Vectors for more than `room` bytes; the spill is among them where buffers are too few.
+
+        None when the buffers are too short for this way.
+        """
+        shortest = self.run.shortest
+        if shortest < _SHORTEST or (wanted := 2 + room // shortest) > _MOST_LENT:
+            return None
+        if self.left < wanted:
+            self.refill()
+        if self.used + self.left > self._shown:
+            self._show()
+        self.lent = lent = min(wanted, self.left)
+        return self._vectors, self._first + self.used, lent + (lent < wanted)
+
+    def spread(self, length: int) -> list[int] | None:
+        """The bytes in each buffer of a frame that fills several; None if there are too few.
+
+        What stands in the spill is copied to where it belongs.
+        """
+        run, at = self.run, self.used
+        size = run.lengths[at]
+        full, rest = divmod(length - 1, size)
+        written = run.lengths[at : at + full + 1]
+        if full < self.lent and written.count(size) == full + 1:  # all as long as the first
+            written[full] = rest + 1  # all but the last are full (5.1.6.4.1)
+            return written
+        ends = list(accumulate(run.lengths[at : at + self.lent]))
+        if length > ends[-1]:
+            spilled = length - ends[-1]
+            more = run.lengths[at + self.lent :]
+            while sum(more) < spilled:
+                if not self.refill():
+                    return None
+                more = run.lengths[at + self.lent :]
+            ends += accumulate(more, initial=ends.pop())
+            last = bisect_left(ends, length)
+            places = [run.view(index) for index in range(at + self.lent, at + last + 1)]
+            scatter((self._spill[:spilled],), places)
+        else:
+            last = bisect_left(ends, length)
+        written = run.lengths[at : at + last + 1]
+        written[last] -= ends[last] - length
+        return written
+
+    def use(self, written: Sequence[int]) -> None:
+        """Frames stand in the next buffers, so many bytes in each."""
+        self.used += len(written)
+        self.left -= len(written)
+        self._written += written
+
+    def give_back(self) -> None:
+        """Writes the used elements."""
+        if self.used:
+            self.run.give_back(self._written)
+            self._first += self.used
+            self._shown = max(0, self._shown - self.used)
+            self.used, self._written, self.given_back = 0, [], True
+
+    def _show(self) -> None:
+        """Gives each buffer its vector."""
+        run = self.run
+        if not self._shown or self._first + len(run) >= _VECTORS:
+            self.give_back()
+            self._first = self._shown = 0
+        place = self._first + self._shown
+        self._vectors.put(place, run.addresses[self._shown :], run.lengths[self._shown :])
+        self._shown = len(run)
+        self._vectors.put(self._first + self._shown, *self._spill_place)
+
+
+def _all_zero(column: memoryview) -> bool:
+    return column == _ZEROS[: len(column)]
 
 
 def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -43,11 +44,12 @@ from vq.abi import (
     ring_layout,
 )
 from vq.errors import AddressError, DriverError, UsageError
-from vq.memory import GuestMemory, fence, order_loads, order_stores
+from vq.memory import GuestMemory, address_of, fence, order_loads, order_stores
 
-__all__ = ["Chain", "InflightLog", "SplitRing"]
+__all__ = ["Chain", "InflightLog", "Run", "SplitRing"]
 
 _DESCRIPTOR = struct.Struct("<QIHH")
+_ELEMENT = struct.Struct("<II")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
 _MAX_WALK = 1 << 15
@@ -180,6 +182,12 @@ class SplitRing:
         # An index is loaded and stored by one aligned 16-bit access: these views do that.
         self._avail_words = self._avail.cast("H")
         self._used_words = self._used.cast("H")
+        # Columns of the descriptor table and of the used ring, one item for each entry.
+        self._addresses = self._table.cast("Q")[::2]
+        self._lengths = self._table.cast("I")[2::4]
+        self._flags = self._table.cast("H")[6::8]
+        elements = self._used[4 : 4 + 8 * size].cast("I")
+        self._used_ids, self._used_lengths = elements[::2], elements[1::2]
         self._used_gpa = used
         self._used_event = layout.used_event // 2
         self._avail_event = layout.avail_event // 2
@@ -190,10 +198,10 @@ class SplitRing:
 
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
-        self._unpublished: list[Chain] = []
+        self._unpublished: list[int] = []  # heads
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
-        self._outstanding: list[Chain | None] = [None] * size  # by head
+        self._outstanding: list[Chain | Run | None] = [None] * size  # by head
         self._undone: deque[Chain] = deque()
         self._resubmit = deque(resubmit)
         self._resubmitted: set[int] = set()  # heads of those of them not given back yet
@@ -237,6 +245,10 @@ class SplitRing:
     def available(self) -> int:
         """How many chains wait to be popped. Raises `DriverError` when the index is impossible."""
         return len(self._undone) + len(self._resubmit) + self._waiting()
+
+    def waiting(self) -> int:
+        """How many chains wait that were never popped. Raises `DriverError` likewise."""
+        return self._waiting()
 
     def pop(self) -> Chain | None:
         """The next chain, or None when there is none. Raises `DriverError` for a bad one."""
@@ -587,7 +599,6 @@ class SplitRing:
             return
         outstanding = self._outstanding
         size = self.size
-        elements: list[int] = []
         finished: list[Chain] = []
         stray: Chain | None = None
         for chain in self._in_ring_order(chains) if self._in_order else chains:
@@ -596,11 +607,9 @@ class SplitRing:
                 stray = chain
                 break
             outstanding[head] = None
-            elements += (head, chain.written)
             finished.append(chain)
-        if elements:
-            self._write_elements(elements)
-            self._unpublished += finished
+        if finished:
+            self._write_chains([chain.head for chain in finished], finished)
         if stray is not None:
             raise UsageError(f"{self.name}: {stray!r} is not outstanding")
 
@@ -614,16 +623,15 @@ class SplitRing:
         index = self._next_used
         log = self._inflight_log
         if log is not None:
-            heads = [chain.head for chain in finished]
-            log.publishing(heads, index)
+            log.publishing(finished, index)
         if self.memory.dirty_log is not None:
-            self._mark_dirty(finished)
+            self.memory.mark_dirty(self._used_gpa, len(self._used))
         order_stores()  # the elements are there before the index that covers them (2.7.14)
         self._store_used_word(1, index)
         if log is not None:
-            log.published(heads, index)
+            log.published(finished, index)
         if self._resubmitted:
-            self._resubmitted.difference_update(chain.head for chain in finished)
+            self._resubmitted.difference_update(finished)
         return len(finished)
 
     def push_burst(self, chains: Sequence[Chain]) -> None:
@@ -673,11 +681,7 @@ class SplitRing:
                 return False
             for head in heads:
                 outstanding[head] = None
-        elements = [0] * (2 * count)
-        elements[::2] = heads
-        elements[1::2] = [chain.written for chain in chains]
-        self._write_elements(elements)
-        self._unpublished += chains
+        self._write_chains(heads, chains)
         return True
 
     def _write_oldest(self, chains: list[Chain]) -> bool:
@@ -689,25 +693,31 @@ class SplitRing:
             order.popleft()
         return True
 
-    def _write_elements(self, elements: list[int]) -> None:
-        """Writes used elements, given as id, length, id, length and so on."""
+    def _write_chains(self, heads: Sequence[int], chains: Sequence[Chain]) -> None:
+        self._write_elements(heads, [chain.written for chain in chains])
+        if self.memory.dirty_log is not None:
+            for chain in chains:
+                if chain.written:
+                    self.memory.mark_views_dirty(chain.writable, chain.written)
+
+    def _write_elements(self, heads: Sequence[int], written: Sequence[int]) -> None:
+        """Writes used elements, one for each head."""
         size = self.size
         slot = self._next_used & (size - 1)
-        count = len(elements) // 2
-        first = size - slot
-        if count <= first:
-            _doublewords(2 * count).pack_into(self._used, 4 + 8 * slot, *elements)
+        count = len(heads)
+        end = slot + count
+        if count == 1:
+            _ELEMENT.pack_into(self._used, 4 + 8 * slot, heads[0], written[0])
+        elif end <= size:
+            self._used_ids[slot:end] = _doublewords(heads)
+            self._used_lengths[slot:end] = _doublewords(written)
         else:
-            _doublewords(2 * first).pack_into(self._used, 4 + 8 * slot, *elements[: 2 * first])
-            rest = elements[2 * first :]
-            _doublewords(len(rest)).pack_into(self._used, 4, *rest)
+            ids, lengths, first = _doublewords(heads), _doublewords(written), size - slot
+            self._used_ids[slot:], self._used_ids[: end - size] = ids[:first], ids[first:]
+            self._used_lengths[slot:] = lengths[:first]
+            self._used_lengths[: end - size] = lengths[first:]
         self._next_used = (self._next_used + count) & 0xFFFF
-
-    def _mark_dirty(self, chains: list[Chain]) -> None:
-        for chain in chains:
-            if chain.written:
-                self.memory.mark_views_dirty(chain.writable, chain.written)
-        self.memory.mark_dirty(self._used_gpa, len(self._used))
+        self._unpublished += heads
 
     # --- notifications ---------------------------------------------------------------------------
 
@@ -765,6 +775,201 @@ class SplitRing:
             self.memory.mark_dirty(self._used_gpa + 2 * index, 2)
 
 
+class Run:
+    """Chains of the usual kind, popped and not given back: a queue of them, kept as columns.
+
+    Usual is what drivers offer again and again: one buffer a chain, all readable or all `writable`,
+    all in one region. A `Chain` for each of them costs more than what is done with it, so a device
+    model that moves such buffers by address may keep them here instead. Item by item, oldest first,
+    the lists say what is held: `heads`, `addresses` (host-virtual) and `lengths` in bytes, none of
+    them less than `shortest`. They are the ring's own copies, checked as `pop_burst` checks. The
+    buffers stay mapped while they are held.
+
+    What is not usual is left to `SplitRing.pop_burst`, bad chains too. While something is held here
+    that must not be called: `to_chains` first. With IN_ORDER nothing is taken while the device
+    holds a `Chain`, which is older.
+    """
+
+    def __init__(self, ring: SplitRing, *, writable: bool) -> None:
+        self.heads: list[int] = []
+        self.addresses: list[int] = []
+        self.lengths: list[int] = []
+        self.shortest = 0
+        self._ring = ring
+        self._flag = DESC_F_WRITE if writable else 0
+        self._region = ring._window
+        self.base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __repr__(self) -> str:
+        return f"<Run of {len(self)}>"
+
+    def pop(self, limit: int) -> int:
+        """Takes up to `limit` more chains; returns how many.
+
+        None when there is none, and when one of the next few is not of the usual kind. Raises
+        `DriverError` when the available index is impossible.
+        """
+        ring = self._ring
+        if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
+            return 0
+        slot = ring._next_avail & (ring.size - 1)
+        count = min(ring._waiting(), limit, ring.size - slot)
+        if count <= 0:
+            return 0
+        order_loads()  # the entries are read after the index that covers them (2.7.13.3)
+        heads = ring._avail_words[2 + slot : 2 + slot + count].tolist()
+        if not self._take(heads):
+            return 0
+        self.heads += heads
+        ring._next_avail = (ring._next_avail + count) & 0xFFFF
+        if ring._inflight_log is not None:
+            ring._inflight_log.popped(heads)
+        return count
+
+    def give_back(self, written: Sequence[int]) -> None:
+        """Writes the used elements of the first chains: so many bytes were written to each.
+
+        The driver sees them after `SplitRing.publish`.
+        """
+        ring, count = self._ring, len(written)
+        if count == len(self.heads):
+            heads = self.heads
+            self.heads = []
+        else:
+            heads = self.heads[:count]
+            del self.heads[:count]
+        if not count:
+            return
+        outstanding = ring._outstanding
+        first = heads[0]
+        if heads == list(range(first, first + count)):
+            outstanding[first : first + count] = [None] * count
+        else:
+            for head in heads:
+                outstanding[head] = None
+        ring._write_elements(heads, written)
+        if ring.memory.dirty_log is not None:
+            self._mark_dirty(written)
+        del self.addresses[:count], self.lengths[:count]
+
+    @property
+    def memory(self) -> memoryview:
+        """All bytes of the region that the buffers lie in; the first is at `base`."""
+        return self._region[2]
+
+    def view(self, index: int) -> memoryview:
+        """The buffer of the chain at this place."""
+        offset = self.addresses[index] - self.base
+        return self._region[2][offset : offset + self.lengths[index]]
+
+    def adopt(self, chains: Sequence[Chain]) -> bool:
+        """The way back from `to_chains`, if all of the chains are of the usual kind.
+
+        They are outstanding, and the run holds nothing. False leaves everything as it is.
+        """
+        ring = self._ring
+        if self.heads or not chains or (ring._in_order and list(ring._order) != chains):
+            return False
+        buffers = [chain.writable if self._flag else chain.readable for chain in chains]
+        if not all(len(views) == 1 for views in buffers) or _BIG_ENDIAN:
+            return False
+        addresses = [address_of(views[0]) for views in buffers]
+        lengths = [len(views[0]) for views in buffers]
+        end = self.base + self._region[1]
+        if min(addresses) < self.base or max(map(add, addresses, lengths)) > end:
+            return False
+        self.heads = [chain.head for chain in chains]
+        self.addresses, self.lengths, self.shortest = addresses, lengths, min(lengths)
+        for head in self.heads:
+            ring._outstanding[head] = self
+        ring._order.clear()
+        return True
+
+    def to_chains(self) -> list[Chain]:
+        """Goes over to chains: they are outstanding in place of what the run held."""
+        ring, view = self._ring, self._region[2]
+        chains: list[Chain] = []
+        for head, address, length in zip(self.heads, self.addresses, self.lengths, strict=True):
+            offset = address - self.base
+            buffer = (view[offset : offset + length],)
+            chain = Chain(head, _NO_VIEWS, buffer) if self._flag else Chain(head, buffer, _NO_VIEWS)
+            ring._outstanding[head] = chain
+            chains.append(chain)
+        if ring._in_order:
+            ring._order.extend(chains)
+        self.heads, self.addresses, self.lengths = [], [], []
+        return chains
+
+    def _take(self, heads: list[int]) -> bool:
+        """Reads the descriptors at `heads` once; whether all of them pass.
+
+        Each check is one for all of them, so it does not say which is to blame.
+        """
+        ring, count, first = self._ring, len(heads), heads[0]
+        end = first + count
+        outstanding = ring._outstanding
+        held: list[Chain | Run | None]
+        in_turn = heads == list(range(first, end)) and end <= ring.size
+        if in_turn:  # as drivers mostly hand out a queue's descriptors
+            addresses = ring._addresses[first:end].tolist()
+            lengths = ring._lengths[first:end].tolist()
+            flags = ring._flags[first:end].tolist()
+            held = outstanding[first:end]
+        elif max(heads) < ring.size and len(set(heads)) == count:
+            flag = ring._flags[first]
+            if flag != self._flag:  # the others would be read for nothing
+                return False
+            addresses = list(map(ring._addresses.__getitem__, heads))
+            lengths = list(map(ring._lengths.__getitem__, heads))
+            flags = list(map(ring._flags.__getitem__, heads))
+            held = [outstanding[head] for head in heads]
+        else:
+            return False
+        shortest, longest = lengths[0], lengths[0]
+        if lengths.count(shortest) != count:
+            shortest, longest = min(lengths), max(lengths)
+        if (
+            flags.count(self._flag) != count
+            or held.count(None) != count
+            or not shortest
+            or not self._region_holds(min(addresses), max(addresses) + longest)
+        ):
+            return False
+        self.shortest = min(shortest, self.shortest) if self.heads else shortest
+        shift = self.base - self._region[0]
+        self.addresses += [address + shift for address in addresses]
+        self.lengths += lengths
+        if in_turn:
+            outstanding[first:end] = [self] * count
+        else:
+            for head in heads:
+                outstanding[head] = self
+        return True
+
+    def _region_holds(self, start: int, end: int) -> bool:
+        """Whether the one region has all guest-physical addresses from `start` to `end`."""
+        base, size, _ = self._region
+        if base <= start and end <= base + size:
+            return True
+        if self.heads:
+            return False
+        try:  # it may be another region from now on
+            base, size, _ = self._region = self._ring._window_at(start)
+        except AddressError:
+            return False
+        self.base = self._ring.memory.hvaddr(base)
+        return end <= base + size
+
+    def _mark_dirty(self, written: Sequence[int]) -> None:
+        shift = self._region[0] - self.base
+        for address, count in zip(self.addresses, written, strict=False):
+            if count:
+                self._ring.memory.mark_dirty(address + shift, count)
+
+
 @lru_cache(maxsize=256)
 def _descriptors(count: int) -> struct.Struct:
     """So many descriptors: their fields one after another."""
@@ -777,10 +982,12 @@ def _words(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}H")
 
 
-@lru_cache(maxsize=256)
-def _doublewords(count: int) -> struct.Struct:
-    """So many 32-bit words."""
-    return struct.Struct(f"<{count}I")
+def _doublewords(values: Sequence[int]) -> array[int]:
+    """32-bit words in the byte order of the ring."""
+    words = array("I", values)
+    if _BIG_ENDIAN:
+        words.byteswap()
+    return words
 
 
 def _swap16(value: int) -> int:

@@ -144,6 +144,7 @@ class BsdTapPort(Port):
     """Bytes of the kernel's header in front of each frame."""
     largest = LARGEST
     """The longest frame that can be written."""
+    none_waits_inside = True
 
     def __init__(self, fd: int, calls: SystemCalls, truncated: Callable[[], None]) -> None:
         super().__init__()

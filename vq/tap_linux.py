@@ -21,14 +21,30 @@ import socket
 import struct
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import TypeVar, cast
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
+from vq.gather import Slab
+from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
-from vq.link import MAX_FRAME, SHORT_OF_MEMORY, BurstRoom, Frame, Port, Room, Tap, scatter
+from vq.link import (
+    MAX_FRAME,
+    SHORT_OF_MEMORY,
+    Frame,
+    FrameBuffer,
+    Places,
+    PlacesRoom,
+    Port,
+    Room,
+    Tap,
+    scatter,
+)
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
 __all__ = ["LinuxTap", "LinuxTapPort"]
@@ -76,12 +92,109 @@ ETHER_HEADER = 14
 TAGS = 8
 """Two VLAN tags, which do not count towards the MTU."""
 IOV_MAX = 1024
+_NOT_NOW = (errno.EAGAIN, *SHORT_OF_MEMORY)
+_LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
+"""Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
+_FEW = 8
+"""Frames that are asked for where none are known to wait."""
 
 T = TypeVar("T")
 
 
+class _Batches:
+    """Short frames from and to a tap, `COUNT` in a system call, and what that takes.
+
+    Raises `OSError` where the kernel does not have it.
+    """
+
+    COUNT = 64
+    BYTES = 2048 * COUNT
+
+    def __init__(self, fd: int) -> None:
+        self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ), self.COUNT)
+        try:
+            self.slab = Slab(self.BYTES, self.COUNT)
+        except BaseException:
+            self.ring.close()
+            raise
+        self._headers = [NET_HDR_SIZE] * self.COUNT
+        self._prepared: list[int] = []  # lengths that the entries for writing are prepared for
+
+    def read(self, places: Places) -> list[int]:
+        """Reads a frame into each place; returns their lengths, or negative error numbers."""
+        addresses, lengths = places
+        count = len(addresses)
+        first = self.COUNT
+        self.ring.addresses[first : first + count] = array("Q", addresses)
+        self.ring.lengths[first : first + count] = array("I", lengths)
+        return self.ring.submit(first, count)
+
+    def write(self, lengths: Sequence[int]) -> list[int]:
+        """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
+        count = len(lengths)
+        if lengths != self._prepared[:count]:
+            starts = accumulate(lengths, initial=self.slab.address)
+            self.ring.addresses[:count] = array("Q", starts)[:count]
+            self.ring.lengths[:count] = array("I", lengths)
+            self._prepared = list(lengths)
+        return self.ring.submit(0, count)
+
+    def gather_headers(self, addresses: Sequence[int]) -> memoryview:
+        """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
+        count = len(addresses)
+        self.slab.gather(addresses, self._headers[:count], NET_HDR_SIZE * count)
+        return self.slab.view[: NET_HDR_SIZE * count]
+
+    def close(self) -> None:
+        self.ring.close()
+        self.slab.close()
+
+
+class _TapOutbox:
+    """See `vq.link.Outbox`."""
+
+    most_bytes = _Batches.BYTES
+
+    def __init__(self, port: LinuxTapPort, batches: _Batches) -> None:
+        self._port = port
+        self._batches = batches
+
+    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+        """See `vq.link.Outbox.take`."""
+        self._batches.slab.gather(addresses, lengths, total)
+        return self._batches.slab.view
+
+    def send(self, lengths: Sequence[int]) -> int:
+        """See `vq.link.Outbox.send`."""
+        port = self._port
+        if not port.active:
+            port.dropped["inactive"] += len(lengths)
+            return len(lengths)
+        try:
+            results = self._batches.write(lengths)
+        except OSError:  # forbidden since (seccomp); the plain way may not be
+            port.close()
+            return 0
+        dealt_with = len(results)
+        if min(results) < 0:
+            while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
+                dealt_with -= 1  # the port is full: they are sent later, in their order
+            for result in results[:dealt_with]:
+                if result == -errno.EAGAIN:  # later ones went through meanwhile
+                    port.dropped["full"] += 1
+                elif result < 0:
+                    port.count_refusal(OSError(-result, os.strerror(-result)))
+        return dealt_with
+
+
 class LinuxTapPort(Port):
-    """One queue of a Linux tap."""
+    """One queue of a Linux tap.
+
+    Frames are written and read with one system call each, or many at a time by io_uring where the
+    kernel has that and the frames are short.
+    """
+
+    none_waits_inside = True
 
     def __init__(self, fd: int, truncated: Callable[[], None]) -> None:
         super().__init__()
@@ -90,15 +203,35 @@ class LinuxTapPort(Port):
         """Called when a frame was longer than expected."""
         self._header = bytearray(NET_HDR_SIZE)
         self._beyond = bytearray(1)
+        self._likely = _FEW
+        self._longest_usual = _LONGEST_SEGMENTED
         self.longest = MAX_FRAME
         """The longest frame that is expected, in bytes."""
         self.active = True
         """Whether the queue is attached. Whoever polls leaves out ports that are not: the kernel
         reports an error on them without end."""
+        self._batches: _Batches | None = None
+        self.open()
 
     def fileno(self) -> int:
         """The queue's descriptor."""
         return self._fd
+
+    def open(self) -> None:
+        """Gets what it takes to move many frames at a time, if the kernel has that."""
+        with suppress(OSError):
+            self._batches = _Batches(self._fd)
+            self.outbox = _TapOutbox(self, self._batches)
+
+    def close(self) -> None:
+        """Gives back what the port holds beside its descriptor: from then on frames go one by one.
+
+        Closing twice is allowed.
+        """
+        self.outbox = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def write_burst(self, frames: Sequence[Frame]) -> int:
         """Writes frames to the kernel, each with one writev.
@@ -130,86 +263,126 @@ class LinuxTapPort(Port):
         return dealt_with
 
     def read_burst(self, room: Room, limit: int) -> int:
-        """Reads frames from the kernel, each with one readv straight into the room.
+        """Reads frames from the kernel, straight into the room.
 
         The kernel cuts a frame that does not fit and does not tell, so one byte more is asked for:
         when it comes, the frame is counted in `dropped` as ``too long``.
         """
         if not self.active:
             return 0
-        if moved := self._read_short(room, limit):
-            return moved
-        fd = self._fd
-        header, beyond = self._header, self._beyond
-        readv = os.readv
+        lend_together = None
+        if hasattr(room, "lend_apart"):
+            moved_apart = self._read_apart(cast(PlacesRoom, room), limit)
+            if moved_apart is not None:
+                return moved_apart
+            lend_together = cast(PlacesRoom, room).lend_together
+            commit_together = cast(PlacesRoom, room).commit_together
         moved = 0
-        while moved < limit:
-            views = room.views()
-            if not views:
-                break
-            try:
-                length = readv(fd, [header, *views, beyond]) - NET_HDR_SIZE
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno in SHORT_OF_MEMORY:
-                    break  # the frame waits in the kernel
-                if error.errno != errno.EINVAL or len(views) <= IOV_MAX - 2:
-                    raise
-                try:
-                    length = self._read_private(views)
-                except BlockingIOError:
+        try:
+            while moved < limit:
+                longest = min(self.longest, self._longest_usual)
+                if lend_together and (places := lend_together(longest)):
+                    vectors, first, count = places
+                    length = vectors.read(self._fd, first, count)
+                    if length > NET_HDR_SIZE + longest:
+                        self._longest_usual = MAX_FRAME
+                        self._too_long()
+                        continue
+                    commit_together(length)
+                    moved += 1
+                    continue
+                views = room.views()
+                if not views:
                     break
-            if length > len(views[0]) and length > sum(map(len, views)):
-                self.dropped["too long"] += 1
-                self.on_truncated()
-                continue
-            room.commit(bytes(header), length)
-            moved += 1
+                length = self._read_frame(views)
+                if length > len(views[0]) and length > sum(map(len, views)):
+                    self._too_long()
+                    continue
+                room.commit(bytes(self._header), length)
+                moved += 1
+        except OSError as error:
+            if error.errno not in _NOT_NOW:  # else the frame waits in the kernel
+                raise
         return moved
 
-    def _read_short(self, room: Room, limit: int) -> int:
-        """Reads frames that are short enough for one buffer each, if they all are.
+    def _read_frame(self, views: Sequence[memoryview]) -> int:
+        """Reads a frame into the views, and its net header; returns its length without that."""
+        try:
+            pieces: list[FrameBuffer] = [self._header, *views, self._beyond]
+            return os.readv(self._fd, pieces) - NET_HDR_SIZE
+        except OSError as error:
+            if error.errno != errno.EINVAL or len(views) <= IOV_MAX - 2:
+                raise
+            return self._read_private(views)
+
+    def _read_apart(self, room: PlacesRoom, limit: int) -> int | None:
+        """Reads frames that are short enough for one place each; None if not all of them are.
 
         The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
         """
-        if not hasattr(room, "lend_burst"):
-            return 0
-        room = cast(BurstRoom, room)
-        longest = self.longest
-        views = room.lend_burst(limit, longest)
-        if not views:
-            return 0
-        fd, readv, beyond = self._fd, os.readv, self._beyond
+        batches, longest = self._batches, self.longest
+        if batches is None or limit < _FEW:
+            return None
+        moved, most = 0, self._likely
+        while moved < limit:
+            places = room.lend_apart(min(limit - moved, most), longest)
+            if places is None:
+                return moved or None
+            asked, most = len(places[0]), batches.COUNT
+            try:
+                results = batches.read(places)
+            except OSError:  # forbidden since (seccomp); the plain way may not be
+                self.close()
+                return moved or None
+            lengths = self._received(results, places)
+            count = len(lengths)
+            if count:
+                addresses = places[0][:count]
+                headers = batches.gather_headers(addresses)
+                if room.commit_apart(lengths, headers):
+                    batches.slab.put_back()
+                moved += count
+            if count < asked:
+                break
+        self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
+        return moved
+
+    def _received(self, results: list[int], places: Places) -> list[int]:
+        """The lengths of the frames that came, which stand in the first places then."""
+        if min(results) > 0 and max(results) <= self.longest + NET_HDR_SIZE:
+            return results
+        addresses, sizes = places
         lengths: list[int] = []
-        append = lengths.append
-        try:
-            for view in views:
-                length = readv(fd, (view, beyond))
-                if length > len(view):  # cut; what was read before it is whole
-                    self.dropped["too long"] += 1
-                    self.on_truncated()
-                    break
-                append(length)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if not lengths and error.errno not in SHORT_OF_MEMORY:
-                raise
-        if lengths:
-            if max(lengths) > NET_HDR_SIZE + longest:
-                self.on_truncated()  # the MTU has changed
-            room.commit_burst(lengths)
-        return len(lengths)
+        for index, result in enumerate(results):
+            if result >= sizes[index]:  # cut
+                self._too_long()
+            elif result > 0:
+                if len(lengths) < index:  # one came after there had been none
+                    ctypes.memmove(addresses[len(lengths)], addresses[index], result)
+                lengths.append(result)
+            elif -result not in _NOT_NOW and not lengths:
+                raise OSError(-result, os.strerror(-result))
+        if lengths and max(lengths) > NET_HDR_SIZE + self.longest:
+            self.on_truncated()  # the MTU has changed
+        return lengths
+
+    def _too_long(self) -> None:
+        """Drops a frame that may have been cut; the MTU has changed, or is meant to hold more."""
+        self.dropped["too long"] += 1
+        self.on_truncated()
 
     def _refused(self, frame: Frame, error: OSError) -> None:
         """Counts a frame that the kernel did not take, or raises when no frame can be taken."""
+        if error.errno == errno.EINVAL and len(frame) > IOV_MAX:
+            if self.write_burst([[frame[0], b"".join(frame[1:])]]) == 0:
+                self.dropped["no memory"] += 1
+        else:
+            self.count_refusal(error)
+
+    def count_refusal(self, error: OSError) -> None:
+        """Counts a frame that the kernel did not take, or raises when no frame can be taken."""
         if error.errno == errno.EINVAL:
-            if len(frame) > IOV_MAX:
-                if self.write_burst([[frame[0], b"".join(frame[1:])]]) == 0:
-                    self.dropped["no memory"] += 1
-            else:
-                self.dropped["bad header"] += 1
+            self.dropped["bad header"] += 1
         elif error.errno == errno.EMSGSIZE:
             self.dropped["too long"] += 1
         elif error.errno in SHORT_OF_MEMORY:
@@ -237,7 +410,7 @@ class LinuxTap(Tap):
         *(SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU, SIOCSIFMTU),
     )
 
-    ports: tuple[LinuxTapPort, ...]
+    ports: tuple[LinuxTapPort, ...] = ()
     known_flags: TunF
     """Each TUN_F_* flag that this kernel knows."""
 
@@ -296,11 +469,17 @@ class LinuxTap(Tap):
         for port in self.ports:
             port.longest = self.max_frame
 
+    def keep_control(self) -> None:
+        """See `Tap.keep_control`."""
+        for port in self.ports:
+            port.close()  # the kernel's side of it is not copied by a fork, but shared
+
     def leave_control(self, on_truncated: Callable[[], None]) -> None:
         """See `Tap.leave_control`."""
         self._control.close()
         for port in self.ports:
             port.on_truncated = on_truncated
+            port.open()
 
     def activate_ports(self, count: int) -> None:
         """Attaches the first `count` queues and detaches the others, with what waits in them."""
@@ -353,6 +532,8 @@ class LinuxTap(Tap):
     def close(self) -> None:
         """Closes all queues; a tap that is not persistent goes with the last of them."""
         self._control.close()
+        for port in self.ports:
+            port.close()
         fds, self._fds = self._fds, ()
         for fd in fds:
             os.close(fd)

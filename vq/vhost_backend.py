@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from vq.abi import MAX_QUEUE_SIZE, Status, bits, feature_mask, ring_layout
@@ -52,6 +53,8 @@ from vq.vhost_message import (
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
 
+SYSTEM_CALLS = ("readv",)
+
 log = limited_logger(__name__)
 
 MAX_MEM_SLOTS = 256
@@ -73,6 +76,8 @@ _ANY_DEVICE = (
 )
 _VHOST_FEATURES = feature_mask(VhostFeature)
 _EVENT = (1).to_bytes(8, sys.byteorder)  # the value has no meaning, but an eventfd adds it up
+_KICKS = (bytearray(4096),)
+"""Where kicks are read to; what they say has no meaning. Bytes of their own cost more each time."""
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
@@ -715,7 +720,7 @@ class Backend:
 
     def _watch_kick(self, vring: Vring) -> None:
         if vring.kick is Kick.FD:
-            self._loop.watch(vring.kick_fd, readable=lambda: self._kicked(vring))
+            self._loop.watch(vring.kick_fd, readable=partial(self._kicked, vring))
         elif vring.kick is Kick.POLLED and self._poll_timer is None:
             self._poll_timer = self._loop.call_later(POLL_SECONDS, self._poll)
 
@@ -728,7 +733,7 @@ class Backend:
     def _kicked(self, vring: Vring) -> None:
         try:
             # An eventfd gives one value of eight bytes, a pipe all that wait in it.
-            alive = bool(os.read(vring.kick_fd, 4096))
+            alive = bool(os.readv(vring.kick_fd, _KICKS))
         except BlockingIOError:
             return
         except OSError as error:

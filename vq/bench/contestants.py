@@ -2,19 +2,17 @@
 
 A contestant serves a tap to a guest over vhost-user: vq itself, or `peer.c`, a program that does
 the same with one system call a frame. Both are processes of their own, in a network namespace of
-the bench's, and `ServedTap.cpu_seconds` says what they cost.
+the bench's, and `Served.cpu_seconds` says what they cost.
 
 For root on Linux: what is missing is a `MissingRequirement`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,40 +21,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import psutil
 
 from vq.bench import traffic
-from vq.bench.measure import print_table
+from vq.bench.measure import Progress, host_facts
+from vq.bench.report import VQ, Figure, summary
 from vq.errors import VqError
-from vq.testing.contained import ContainedProcess
+from vq.testing.contained import ContainedProcess, ContainedService
 from vq.testing.initramfs import cache_directory
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import MissingRequirement
 
 __all__ = [
+    "LOOPBACK",
     "TAP",
-    "VQ",
     "C",
-    "Figure",
+    "Served",
     "ServedTap",
     "available",
     "awake",
+    "compare",
     "compile_peer",
     "pinned",
-    "positive_number",
-    "print_figures",
     "run_traffic",
-    "summary",
     "tap_namespace",
     "traffic_argv",
     "two_processors",
 ]
 
-VQ, C = "vq", "c"
+C = "c"
 TAP = "vbtap0"
+LOOPBACK = "loopback"
 _START_TIMEOUT = 20.0
 _COMPILERS = ("cc", "gcc", "clang")
 
@@ -70,16 +67,6 @@ os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 while True:
     pass
 """
-
-
-class Figure(NamedTuple):
-    """Something that is measured."""
-
-    name: str
-    unit: str
-    more_is_better: bool = True
-    digits: int = 2
-    """Decimal places in the table."""
 
 
 # --- who takes part ------------------------------------------------------------------------------
@@ -119,23 +106,31 @@ def available() -> dict[str, Sequence[str]]:
     return contestants
 
 
-class ServedTap:
-    """A contestant's process, which waits for a guest on `socket`; killed by `close`."""
+class Served(ContainedService):
+    """A contestant's process, which waits for a guest on `socket`; killed by `close`.
+
+    `link` is what it plugs the device into, in its own words; `start` starts a program.
+    """
 
     def __init__(
-        self, namespace: Namespace, name: str, command: Sequence[str], *, lifetime: float = 300
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        link: str = LOOPBACK,
+        start: Callable[..., ContainedProcess] = ContainedProcess,
+        lifetime: float = 300,
     ) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="vb-"))
-        self.socket = self._directory / "net.sock"
-        self._log = self._directory / "log"
+        super().__init__(f"the contestant {name}", prefix="vb-")
+        self.socket = self.directory / "net.sock"
         socket = str(self.socket)
-        more = (
-            ["--socket", socket, "--link", f"tap:{TAP}", "--once"] if name == VQ else [socket, TAP]
-        )
-        argv = [*command, *more]
-        self._process = namespace.start(argv, lifetime=lifetime, output=self._log)
+        if name == VQ:
+            argv = [*command, "--socket", socket, "--link", link, "--once"]
+        else:
+            argv = [*command, socket, link.removeprefix("tap:")]
         try:
-            _wait_until(self.socket.exists, self._process, self._log)
+            self._process = start(argv, lifetime=lifetime, output=self._log)
+            self.wait_for(lambda: self.socket.exists() or None, _START_TIMEOUT)
             self.pid = _find(argv)
         except BaseException:
             self.close()
@@ -147,6 +142,15 @@ class ServedTap:
         # The clocks are numbered as clock_getcpuclockid(3) has it.
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in (self.pid, *workers))
 
+
+class ServedTap(Served):
+    """A contestant with the tap of a namespace."""
+
+    def __init__(
+        self, namespace: Namespace, name: str, command: Sequence[str], *, lifetime: float = 300
+    ) -> None:
+        super().__init__(name, command, link=f"tap:{TAP}", start=namespace.start, lifetime=lifetime)
+
     def tap_frames(self) -> tuple[int, int]:
         """Frames that went out of the guest into the tap, and towards the guest, so far."""
         for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
@@ -155,35 +159,6 @@ class ServedTap:
                 numbers = counters.split()
                 return int(numbers[1]), int(numbers[9])
         raise VqError(f"the tap {TAP} is gone")
-
-    def log(self) -> str:
-        """What the process has written."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
-    def close(self) -> None:
-        """Kills the process. Closing twice is allowed."""
-        self._process.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _wait_until(condition: Callable[[], bool], process: ContainedProcess, log: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT
-    while not condition():
-        if not process.running or time.monotonic() > deadline:
-            said = log.read_text(errors="replace").strip() if log.exists() else ""
-            raise VqError(f"a contestant did not start: {said[-500:]}")
-        time.sleep(0.01)
 
 
 def _find(argv: Sequence[str]) -> int:
@@ -259,68 +234,30 @@ def two_processors() -> tuple[set[int], set[int]]:
     return {usable[-1]}, set(usable[:-1])
 
 
-# --- what comes out ------------------------------------------------------------------------------
+# --- how they are compared ------------------------------------------------------------------------
 
 
-def positive_number(text: str) -> int:
-    """A count from the command line, for `argparse`."""
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
+def compare(
+    figures: Sequence[Figure],
+    contestants: Mapping[str, Sequence[str]],
+    rounds: int,
+    sample: Callable[[str, Sequence[str]], Mapping[str, float]],
+    *,
+    called: str = "round",
+) -> dict[str, Any]:
+    """Has `sample` measure each contestant, by name and command line, in turn, `rounds` times.
 
-
-def summary(
-    figures: Sequence[Figure], samples: Mapping[str, Sequence[Mapping[str, float]]]
-) -> list[dict[str, Any]]:
-    """Medians for each figure and contestant, and vq's ratio to each of the others.
-
-    `samples` are each contestant's rounds; in a round a figure may be missing.
+    Returns what a report has of it: where it was, `contestants`, and a `summary` as `figures`.
     """
-    rows = []
-    for figure in figures:
-        values = {
-            name: [sample[figure.name] for sample in rounds if figure.name in sample]
-            for name, rounds in samples.items()
-        }
-        medians = {name: statistics.median(found) for name, found in values.items() if found}
-        ours = medians.get(VQ)
-        rows.append(
-            {
-                "figure": figure.name,
-                "unit": figure.unit,
-                "better": "more" if figure.more_is_better else "less",
-                "medians": {name: round(value, 4) for name, value in medians.items()},
-                "ratios": {
-                    name: round(ours / value, 3)
-                    for name, value in medians.items()
-                    if name != VQ and ours is not None and value
-                },
-                "samples": {
-                    name: [round(value, 4) for value in found] for name, found in values.items()
-                },
-            }
-        )
-    return rows
-
-
-def print_figures(
-    figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]], contestants: Sequence[str]
-) -> None:
-    """The table of a summary."""
-    others = [name for name in contestants if name != VQ]
-    print_table(
-        ("", "", *contestants, *(f"vq/{name}" for name in others)),
-        [
-            (
-                row["figure"],
-                row["unit"],
-                *(_cell(row["medians"].get(name), figure.digits) for name in contestants),
-                *(_cell(row["ratios"].get(name), 2) for name in others),
-            )
-            for figure, row in zip(figures, rows, strict=True)
-        ],
-    )
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+    samples: dict[str, list[Mapping[str, float]]] = {name: [] for name in contestants}
+    with awake(), Progress(rounds * len(contestants)) as progress:
+        for number in range(rounds):
+            for name, command in contestants.items():
+                progress.step(f"{name}, {called} {number + 1}")
+                samples[name].append(sample(name, command))
+    return {
+        **host_facts(),
+        f"{called}s": rounds,
+        "contestants": list(contestants),
+        "figures": summary(figures, samples),
+    }

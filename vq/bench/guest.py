@@ -1,12 +1,13 @@
 """`vq bench guest`: a real Linux guest's traffic through a tap, vq beside others.
 
-The guest is User-Mode Linux on one processor; its peer is a network namespace on the others.
-Contestants are vq, a C program that does the same with one system call a frame, and User-Mode
-Linux's own tap transport. A boot's bulk figure varies two-fold, so each contestant gets several
-boots, in turn with the others, and what is shown are medians.
+The guest is User-Mode Linux, or Debian's kernel under QEMU's emulation, on one processor; its peer
+is a network namespace on the others. Contestants are vq, a C program that does the same with one
+system call a frame, and what the guest has of its own: User-Mode Linux's tap transport, QEMU's
+virtio-net. A boot's bulk figure varies two-fold, so each contestant gets several boots, in turn
+with the others, and what is shown are medians.
 
 For TCP the device's processor time is measured too: it is what other load on the machine moves
-least. User-Mode Linux's own transport has no device to measure.
+least. What a guest has of its own is no process to measure.
 """
 
 from __future__ import annotations
@@ -15,36 +16,77 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from vq.abi import DeviceId
 from vq.bench.contestants import (
     TAP,
-    Figure,
     ServedTap,
     available,
-    awake,
+    compare,
     pinned,
-    positive_number,
-    print_figures,
     run_traffic,
-    summary,
     tap_namespace,
     two_processors,
 )
-from vq.bench.measure import Progress, host_facts, print_json
+from vq.bench.measure import positive_number
+from vq.bench.report import Description, Figure, describe_figures
 from vq.errors import VqError
-from vq.testing.guest import Guest, UmlGuest
+from vq.testing.guest import Guest, QemuGuest, UmlGuest
 from vq.testing.namespaces import Namespace, iperf_server
 from vq.testing.requirements import check_namespaces, check_tap, find_program
 
-__all__ = ["HELP", "add_arguments", "measure", "run"]
+__all__ = ["HELP", "KINDS", "add_arguments", "describe", "measure"]
 
-HELP = "a User-Mode Linux guest's traffic through a tap, beside a C program and UML's own transport"
+HELP = "a real guest's traffic through a tap, beside a C program and what the guest has of its own"
 
-UML = "uml"
+
+class _Kind(NamedTuple):
+    """A kind of guest."""
+
+    name: str
+    own: str
+    """What the contestant is called that the guest has of its own."""
+    own_interface: str
+    """That one's name in the guest."""
+    program: tuple[str, str]
+    """What runs the guest, and the package that it is in."""
+    boot: Callable[[Path], Guest]
+    """Boots it with the device on a socket."""
+    boot_with_own: Callable[[Namespace], Guest]
+    """Boots it with what it has of its own, on the tap in a namespace."""
+
+
+KINDS = {
+    "uml": _Kind(
+        "User-Mode Linux",
+        "uml",
+        "vec0",
+        ("linux.uml", "user-mode-linux"),
+        lambda path: UmlGuest([(path, DeviceId.NET)]),
+        lambda namespace: UmlGuest(
+            arguments=[f"vec0:transport=tap,ifname={TAP},depth=128,gro=1"],
+            prefix=namespace.argv(),
+        ),
+    ),
+    "qemu": _Kind(
+        "QEMU under emulation",
+        "qemu",
+        "eth0",
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        lambda path: QemuGuest([path]),
+        lambda namespace: QemuGuest(
+            arguments=[
+                *("-netdev", f"tap,id=own,ifname={TAP},script=no,downscript=no,vhost=off"),
+                *("-device", "virtio-net-pci,netdev=own,romfile=,vectors=0"),
+            ],
+            prefix=namespace.argv(),
+        ),
+    ),
+}
 FIGURES = (
     Figure("TCP to host", "Gbit/s"),
     Figure("TCP to guest", "Gbit/s"),
@@ -65,7 +107,13 @@ _SECONDS = 2  # iperf3 takes whole ones
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vq bench guest`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="uml",
+        help="which guest: User-Mode Linux, or QEMU under emulation, which is slow"
+        " (default %(default)s)",
+    )
     parser.add_argument(
         "--boots",
         type=positive_number,
@@ -82,58 +130,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns 0."""
-    report = measure(args.boots, args.seconds)
-    if args.json:
-        print_json(report)
-    else:
-        _print(report)
-    return 0
-
-
-def measure(boots: int, seconds: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The report that `--json` prints."""
+    kind = KINDS[args.kind]
     check_tap()
     check_namespaces()
     find_program("iperf3")
-    find_program("linux.uml", package="user-mode-linux")
+    program, package = kind.program
+    find_program(program, package=package)
     guest_processor, others = two_processors()
-    commands = {**available(), UML: ()}
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    with awake(), Progress(boots * len(commands)) as progress:
-        for boot in range(boots):
-            for name, command in commands.items():
-                progress.step(f"{name}, boot {boot + 1}")
-                with pinned(others), _guest(name, command, guest_processor) as parts:
-                    samples[name].append(_measure_guest(*parts, seconds))
-    return {
-        **host_facts(),
-        "boots": boots,
-        "seconds": seconds,
-        "contestants": list(commands),
-        "figures": summary(FIGURES, samples),
-    }
+
+    def sample(name: str, command: Sequence[str]) -> dict[str, float]:
+        with pinned(others), _guest(kind, name, command, guest_processor) as parts:
+            return _measure_guest(*parts, args.seconds)
+
+    contestants = {**available(), kind.own: ()}
+    report = compare(FIGURES, contestants, args.boots, sample, called="boot")
+    return {**report, "guest": args.kind, "seconds": args.seconds}
+
+
+def describe(report: dict[str, Any]) -> Description:
+    """What people are shown of a report."""
+    title = f"{KINDS[report['guest']].name} through a tap, medians of {report['boots']} boots"
+    return describe_figures(title, FIGURES, report)
 
 
 @contextmanager
 def _guest(
-    name: str, command: Sequence[str], processor: set[int]
+    kind: _Kind, name: str, command: Sequence[str], processor: set[int]
 ) -> Iterator[tuple[Namespace, Guest, ServedTap | None]]:
     """A booted guest with an address, the namespace that is its host, and its device."""
     with ExitStack() as stack:
         namespace = stack.enter_context(tap_namespace(f"{_HOST}/{_PREFIX}"))
         device = None
-        if name == UML:
-            interface = "vec0"
-            transport = f"vec0:transport=tap,ifname={TAP},depth=128,gro=1"
+        if name == kind.own:
+            interface = kind.own_interface
             with pinned(processor):
-                guest = UmlGuest(arguments=[transport], prefix=namespace.argv())
+                guest = kind.boot_with_own(namespace)
         else:
             interface = "eth0"
             device = stack.enter_context(ServedTap(namespace, name, command))
             with pinned(processor):
-                guest = UmlGuest([(device.socket, DeviceId.NET)])
+                guest = kind.boot(device.socket)
         stack.enter_context(guest)
         guest.output(
             f"ip addr add {_GUEST}/{_PREFIX} dev {interface} && ip link set {interface} up"
@@ -184,12 +222,3 @@ def _iperf(guest: Guest, options: str, patience: float) -> dict[str, Any]:
     except (ValueError, KeyError):
         raise VqError(f"{command!r} gave no result: {text.strip()[-500:]}") from None
     return end
-
-
-def _print(report: dict[str, Any]) -> None:
-    print(
-        f"User-Mode Linux through a tap; medians of {report['boots']} boots;"
-        f" Python {report['python']} on {report['machine']}, {report['system']} {report['kernel']}"
-    )
-    print()
-    print_figures(FIGURES, report["figures"], report["contestants"])

@@ -1,4 +1,4 @@
-"""How a bench measures and shows: contestants in turn, medians, ratios, a table or JSON.
+"""How a bench measures: contestants in turn, medians, and what it needs for that.
 
 A figure alone says little, since machines differ and are shared. So whatever is measured is
 measured beside something else in the same run, A B A B, and the ratio of the medians is what lasts.
@@ -9,22 +9,28 @@ What is measured stands in the benches.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 __all__ = [
     "Progress",
+    "add_repeat_arguments",
     "host_facts",
     "in_turn",
+    "positive_number",
     "positive_seconds",
     "print_json",
     "print_table",
@@ -60,14 +66,32 @@ def struct_unpack_ns() -> float:
 
 
 def host_facts() -> dict[str, Any]:
-    """Where the figures come from: interpreter, processor, kernel."""
+    """Where the figures come from: interpreter, processor, kernel; and when."""
     return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "system": platform.system(),
         "kernel": platform.release(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _processor() -> str:
+    """The processor's name, and how many of them there are."""
+    name = ""
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.findall(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)[0]
+    return f"{os.cpu_count()} x {name or platform.processor() or 'unknown'}"
+
+
+def positive_number(text: str) -> int:
+    """A count from the command line, for `argparse`."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def positive_seconds(text: str) -> float:
@@ -79,6 +103,24 @@ def positive_seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def add_repeat_arguments(parser: argparse.ArgumentParser, *, rounds: int, seconds: float) -> None:
+    """The options `--rounds` and `--seconds`, with what they are by default."""
+    parser.add_argument(
+        "--rounds",
+        type=positive_number,
+        default=rounds,
+        metavar="N",
+        help="how often each is measured (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive_seconds,
+        default=seconds,
+        metavar="S",
+        help="how long each measurement takes (default %(default)s)",
+    )
 
 
 def print_json(report: Mapping[str, Any], file: TextIO | None = None) -> None:

@@ -3,10 +3,11 @@
  * `vq serve net --link tap:NAME` does, with one system call a frame.
  *
  *     peer SOCKET TAP [QUEUE-PAIRS]
+ *     peer SOCKET loopback
  *
  * It listens on SOCKET, serves the first frontend that comes (User-Mode Linux, DPDK's virtio-user,
  * QEMU) and ends when that has gone. Frames go by writev and readv between guest memory and the
- * tap, net header and all, without a copy. used.idx is stored once for a burst, and the driver is
+ * tap, net header and all, without a copy; or a pair of sockets that gives them back. used.idx is stored once for a burst, and the driver is
  * called at most once for it. One thread serves all queues.
  *
  * It is as fast as that way of working goes, so it leaves out what vq does beside: no locked MAC,
@@ -151,6 +152,7 @@ static uint64_t features;
 static size_t header_size = sizeof(struct virtio_net_hdr_v1);
 static size_t wanted_room; /* bytes that the largest frame to come takes, header included */
 static char tap_name[IFNAMSIZ];
+static bool loopback;
 static int frontend, poller, backend_channel = -1;
 
 static __attribute__((noreturn)) void fail(const char *format, ...) {
@@ -463,14 +465,31 @@ static void open_tap(const char *name) {
     memcpy(tap_name, request.ifr_name, IFNAMSIZ);
 }
 
+/* Instead of a tap: what is written to one end comes out of the other. */
+static void open_loopback(void) {
+    int ends[2], space = 8 << 20;
+
+    if (queue_count > 2 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends))
+        fail("loopback: %s", strerror(errno));
+    if (setsockopt(ends[1], SOL_SOCKET, SO_SNDBUFFORCE, &space, sizeof(space)))
+        setsockopt(ends[1], SOL_SOCKET, SO_SNDBUF, &space, sizeof(space)); /* as far as allowed */
+    queues[0].tap = ends[0];
+    queues[1].tap = ends[1];
+}
+
 /* What was negotiated decides what the tap leaves undone, and how large its frames may be. */
 static void set_up_tap(void) {
     unsigned offloads = 0;
     struct ifreq request = {0};
-    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     bool long_header = has(VIRTIO_F_VERSION_1) || has(VIRTIO_NET_F_MRG_RXBUF);
     int size = long_header ? sizeof(struct virtio_net_hdr_v1) : sizeof(struct virtio_net_hdr);
 
+    if (loopback) {
+        header_size = size;
+        wanted_room = header_size + LARGEST_FRAME;
+        return;
+    }
+    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (has(VIRTIO_NET_F_GUEST_CSUM)) {
         offloads = TUN_F_CSUM;
         offloads |= has(VIRTIO_NET_F_GUEST_TSO4) ? TUN_F_TSO4 : 0;
@@ -747,7 +766,11 @@ int main(int argc, char **argv) {
         queues[i].kick = queues[i].call = -1;
         queues[i].size = 256;
     }
-    open_tap(argv[2]);
+    loopback = !strcmp(argv[2], "loopback");
+    if (loopback)
+        open_loopback();
+    else
+        open_tap(argv[2]);
     wait_for_frontend(argv[1]);
     poller = epoll_create1(EPOLL_CLOEXEC);
     if (poller < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, frontend, &event))

@@ -18,10 +18,9 @@ import argparse
 import itertools
 import statistics
 import struct
-import sys
 import time
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
+from itertools import cycle, repeat
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vq.abi import Feature
@@ -31,16 +30,24 @@ from vq.bench.measure import (
     host_facts,
     in_turn,
     positive_seconds,
-    print_json,
-    print_table,
     struct_unpack_ns,
 )
+from vq.bench.report import Bars, Description, Table, machine
 from vq.driver import DriverRing, GuestAllocator
 from vq.errors import VqError
 from vq.memory import GuestMemory
 from vq.split_ring import SplitRing
 
-__all__ = ["HELP", "Case", "OfferedChains", "add_arguments", "cases", "chains_per_second", "run"]
+__all__ = [
+    "HELP",
+    "Case",
+    "OfferedChains",
+    "add_arguments",
+    "cases",
+    "chains_per_second",
+    "describe",
+    "measure",
+]
 
 HELP = "chains a second through a split virtqueue, beside ctypes structures"
 
@@ -49,7 +56,10 @@ BUFFER_SIZE = 2048
 ROUNDS = 5
 _DEFAULT_SECONDS = 15.0
 
+_RINGS, _BUFFERS = 1 << 20, QUEUE_SIZE * BUFFER_SIZE
+
 C = TypeVar("C")
+R = TypeVar("R")
 
 
 class Device(Protocol[C]):
@@ -82,29 +92,32 @@ class OfferedChains:
     """A guest whose driver offers the same chains again and again.
 
     There are `count` chains, as many as the descriptors of a case fit into the queue directly, so
-    that direct and indirect chains are equally many.
+    that direct and indirect chains are equally many. Their buffers lie in `regions` regions of the
+    guest's memory in turn, none next to the one before it where there are several.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, regions: int = 1) -> None:
         self.count = QUEUE_SIZE // case.descriptors
         self.features = 1 << Feature.INDIRECT_DESC
-        buffers = QUEUE_SIZE * BUFFER_SIZE
-        self.memory = GuestMemory.allocate(buffers + (1 << 18))
-        allocator = GuestAllocator(self.memory)
+        self.memory = GuestMemory.allocate(
+            (0, _RINGS),
+            *((_RINGS + 2 * _BUFFERS * (1 + number), _BUFFERS) for number in range(regions)),
+        )
+        allocator = GuestAllocator(GuestMemory(self.memory.regions[:1]))
         self.driver = DriverRing.allocate(
             self.memory, allocator, QUEUE_SIZE, features=self.features
         )
-        first = allocator.allocate(buffers, BUFFER_SIZE)
+        places = cycle(region.gpa for region in self.memory.regions[1:])
+        offsets = (BUFFER_SIZE * (number // regions) for number in range(QUEUE_SIZE))
+        buffers = [(gpa + offset, BUFFER_SIZE) for gpa, offset in zip(places, offsets)]  # noqa: B905
         readable = (case.descriptors + 1) // 2
         heads = []
         for chain in range(self.count):
-            addresses = range(first, first + case.descriptors * BUFFER_SIZE, BUFFER_SIZE)
-            pieces = [(gpa, BUFFER_SIZE) for gpa in addresses]
+            pieces = buffers[chain * case.descriptors :][: case.descriptors]
             table = allocator.allocate(16 * case.descriptors) if case.indirect else None
             heads.append(
                 self.driver.add(pieces[:readable], pieces[readable:], chain, indirect=table)
             )
-            first = addresses.stop
         entries = struct.pack(f"<{self.count}H", *heads) * (QUEUE_SIZE // self.count)
         self.memory.write(self.driver.avail + 4, entries)
         self._index = 0
@@ -118,17 +131,24 @@ class OfferedChains:
         self.memory.store16(self.driver.avail + 2, self._index)
 
     def vq_device(self) -> SplitRing:
-        """vq's device's side, from the start of the rings."""
-        ring = self.driver
-        return SplitRing(
-            self.memory, ring.size, ring.desc, ring.avail, ring.used, features=self.features
-        )
+        """vq's device's side, from where the chains offered so far are back."""
+        return self._device(SplitRing)
 
     def baseline_device(self) -> CtypesRing:
         """The baseline's."""
-        ring = self.driver
-        return CtypesRing(
-            self.memory, ring.size, ring.desc, ring.avail, ring.used, features=self.features
+        return self._device(CtypesRing)
+
+    def _device(self, kind: Callable[..., R]) -> R:
+        ring, index = self.driver, self._index
+        return kind(
+            self.memory,
+            ring.size,
+            ring.desc,
+            ring.avail,
+            ring.used,
+            features=self.features,
+            next_avail=index,
+            next_used=index,
         )
 
 
@@ -150,7 +170,6 @@ def chains_per_second(device: Device[C], guest: OfferedChains, burst: int, secon
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vq bench ring`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
     parser.add_argument(
         "--seconds",
         type=positive_seconds,
@@ -160,18 +179,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns 0."""
-    report = measure(args.seconds)
-    if args.json:
-        print_json(report)
-    else:
-        _print(report)
-    return 0
-
-
-def measure(seconds: float) -> dict[str, Any]:
-    """All cases, each for its share of `seconds`; the report that `--json` prints."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All cases, each for its share of the seconds; the report that `--json` prints."""
+    seconds: float = args.seconds
     shapes = cases()
     share = seconds / (len(shapes) * 2 * ROUNDS)
     rows = []
@@ -217,13 +227,10 @@ def _describe(case: Case) -> str:
     )
 
 
-def _print(report: dict[str, Any]) -> None:
-    print(
-        f"Python {report['python']} on {report['machine']}, {report['system']} {report['kernel']};"
-        f" one struct unpack takes {report['struct_unpack_ns']:.0f} ns"
-    )
-    print(f"chains a second through a queue of {report['queue_size']}: pop and push\n")
-    print_table(
+def describe(report: dict[str, Any]) -> Description:
+    """What people are shown of a report."""
+    cases = report["cases"]
+    table = Table(
         ("descriptors", "kind", "burst", "vq", "baseline", "ratio"),
         [
             (
@@ -234,7 +241,14 @@ def _print(report: dict[str, Any]) -> None:
                 f"{row['baseline_chains_per_second']:,}",
                 f"{row['ratio']:.2f}",
             )
-            for row in report["cases"]
+            for row in cases
         ],
-        sys.stdout,
     )
+    title = f"Chains a second through a queue of {report['queue_size']}, pop and push"
+    bars = Bars(
+        title,
+        [_describe(Case(row["descriptors"], row["indirect"], row["burst"])) for row in cases],
+        {"ctypes baseline": [row["ratio"] for row in cases]},
+    )
+    yardstick = f"one struct unpack takes {report['struct_unpack_ns']:.0f} ns"
+    return Description(f"{title}; {machine(report)}; {yardstick}", [table], [bars])

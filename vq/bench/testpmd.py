@@ -10,31 +10,28 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vq.bench import traffic
 from vq.bench.contestants import (
     TAP,
-    Figure,
     ServedTap,
     available,
-    awake,
+    compare,
     pinned,
-    positive_number,
-    print_figures,
-    summary,
     tap_namespace,
     traffic_argv,
     two_processors,
 )
-from vq.bench.measure import Progress, host_facts, positive_seconds, print_json
+from vq.bench.measure import add_repeat_arguments
+from vq.bench.report import Description, Figure, describe_figures
 from vq.errors import VqError
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import check_namespaces, check_tap, find_program
 from vq.testing.testpmd import HugePages, Testpmd
 
-__all__ = ["CASES", "HELP", "Case", "add_arguments", "measure", "run"]
+__all__ = ["CASES", "HELP", "Case", "add_arguments", "describe", "measure"]
 
 HELP = "small frames between testpmd and a tap, beside a C program"
 
@@ -73,60 +70,36 @@ _ADDRESS = "198.18.67.1/24"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vq bench testpmd`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
-    parser.add_argument(
-        "--rounds",
-        type=positive_number,
-        default=_ROUNDS,
-        metavar="N",
-        help="how often each contestant is measured (default %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=positive_seconds,
-        default=_SECONDS,
-        metavar="S",
-        help="how long each measurement takes (default %(default)s)",
-    )
+    add_repeat_arguments(parser, rounds=_ROUNDS, seconds=_SECONDS)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns 0."""
-    report = measure(args.rounds, args.seconds)
-    if args.json:
-        print_json(report)
-    else:
-        _print(report)
-    return 0
-
-
-def measure(rounds: int, seconds: float) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The report that `--json` prints."""
     check_tap()
     check_namespaces()
     find_program("dpdk-testpmd", package="dpdk")
     forwarding, others = two_processors()
-    commands = available()
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    with HugePages(_HUGE_PAGES) as pages, awake(), Progress(rounds * len(commands)) as progress:
-        for number in range(rounds):
-            for name, command in commands.items():
-                progress.step(f"{name}, round {number + 1}")
-                cores = ",".join(str(core) for core in (min(others), *forwarding))
-                with (
-                    tap_namespace(_ADDRESS) as namespace,
-                    pinned(others),
-                    ServedTap(namespace, name, command) as device,
-                    _testpmd(pages, device, cores) as testpmd,
-                ):
-                    samples[name].append(_measure_device(namespace, device, testpmd, seconds))
-    return {
-        **host_facts(),
-        "rounds": rounds,
-        "seconds": seconds,
-        "contestants": list(commands),
-        "figures": summary(FIGURES, samples),
-    }
+    cores = ",".join(str(core) for core in (min(others), *forwarding))
+
+    with HugePages(_HUGE_PAGES) as pages:
+
+        def sample(name: str, command: Sequence[str]) -> dict[str, float]:
+            with (
+                tap_namespace(_ADDRESS) as namespace,
+                pinned(others),
+                ServedTap(namespace, name, command) as device,
+                _testpmd(pages, device, cores) as testpmd,
+            ):
+                return _measure_device(namespace, device, testpmd, args.seconds)
+
+        report = compare(FIGURES, available(), args.rounds, sample)
+    return {**report, "seconds": args.seconds}
+
+
+def describe(report: dict[str, Any]) -> Description:
+    """What people are shown of a report."""
+    title = f"testpmd and a tap, medians of {report['rounds']} rounds"
+    return describe_figures(title, FIGURES, report)
 
 
 def _testpmd(pages: HugePages, device: ServedTap, cores: str) -> Testpmd:
@@ -171,12 +144,3 @@ def _rates(device: ServedTap, frames: Callable[[], int], seconds: float) -> tupl
     count = frames() - count
     busy = device.cpu_seconds() - busy
     return count / (time.monotonic() - start), count / busy if busy else 0.0
-
-
-def _print(report: dict[str, Any]) -> None:
-    print(
-        f"testpmd and a tap; medians of {report['rounds']} rounds;"
-        f" Python {report['python']} on {report['machine']}, {report['system']} {report['kernel']}"
-    )
-    print()
-    print_figures(FIGURES, report["figures"], report["contestants"])

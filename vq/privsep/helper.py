@@ -237,6 +237,7 @@ class Helper:
         Which queues it used is not known here: all of them, and then the first one, is known.
         """
         self._set(tap, Offload.NONE)
+        tap.tap.keep_control()
         try:
             tap.tap.activate_ports(len(tap.ports))
             tap.tap.activate_ports(1)

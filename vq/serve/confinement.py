@@ -85,12 +85,20 @@ def confine(
 def open_descriptors() -> set[int]:
     """The descriptors above standard error that are open now: those that others left to us."""
     with contextlib.suppress(OSError):
-        return {int(name) for name in os.listdir("/dev/fd")} - {0, 1, 2}
+        return set(filter(_is_open, map(int, os.listdir("/dev/fd")))) - {0, 1, 2}
     return set()
+
+
+def _is_open(fd: int) -> bool:
+    """Whether it is open; the one by which the directory was read is not any more."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def close_strays(fds: Collection[int]) -> None:
     """Closes descriptors that a worker has no use for."""
     for fd in fds:
-        with contextlib.suppress(OSError):  # the directory's own is closed already
-            os.close(fd)
+        os.close(fd)

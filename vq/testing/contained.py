@@ -2,20 +2,28 @@
 
 A `ContainedProcess` runs in a PID namespace of its own. It and all that it starts, in whatever
 session or process group, end by SIGKILL when `close` is called, when its time is over, and when the
-process that started it dies in any way.
+process that started it dies in any way. A `ContainedService` is one with files of its own.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self, TypeVar
 
+from vq.errors import VqError
 from vq.testing.requirements import check_contained
 
-__all__ = ["ContainedProcess", "inheritable_copy"]
+__all__ = ["Closing", "ContainedProcess", "ContainedService", "inheritable_copy"]
+
+T = TypeVar("T")
 
 # The shell is process 1 of the namespace: when it ends the kernel kills all others. It ends when
 # the program or its time does, or when nobody holds the other end of its standard input any more.
@@ -29,6 +37,7 @@ wait $program
 """
 
 _PATIENCE = 5.0
+_LAST_WORDS = 2000
 
 
 class ContainedProcess:
@@ -91,6 +100,71 @@ class ContainedProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class Closing:
+    """What is closed at the end of a ``with``."""
+
+    def close(self) -> None:
+        """Gives everything back. Closing twice is allowed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ContainedService(Closing):
+    """A contained program that is asked things while it runs, with files of its own.
+
+    Whoever derives from it launches the program, and closes it again if it does not come up.
+    """
+
+    failure: ClassVar[type[Exception]] = VqError
+    """What is raised when the program ends, or is not as it should be in time."""
+
+    def __init__(self, name: str, *, prefix: str, log: str = "log") -> None:
+        """`name` is what messages call it; its directory's name begins with `prefix`."""
+        self.name = name
+        self.directory = Path(tempfile.mkdtemp(prefix=prefix))
+        """Where the program's own files are; gone after `close`."""
+        self._log = self.directory / log
+        self._process: ContainedProcess | None = None
+
+    def log(self) -> str:
+        """Everything that the program has written so far."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def running(self) -> bool:
+        """Whether the program runs. One that hangs runs too."""
+        return self._process is not None and self._process.running
+
+    def wait_for(self, look: Callable[[], T | None], timeout: float) -> T:
+        """What `look` gives, once it is something; it is asked again and again.
+
+        Raises `failure`, with the program's last words, when it ends or takes too long.
+        """
+        deadline = time.monotonic() + timeout
+        while (found := look()) is None:
+            if not self.running or time.monotonic() > deadline:
+                what = "does not answer" if self.running else "ended"
+                raise self.failure(f"{self.name} {what}: {self.log().strip()[-_LAST_WORDS:]}")
+            time.sleep(0.01)
+        return found
+
+    def close(self) -> None:
+        """Kills the program and removes its files. Closing twice is allowed."""
+        if self._process is not None:
+            self._process.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def inheritable_copy(fd: int) -> int:

@@ -19,9 +19,7 @@ import itertools
 import json
 import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -30,12 +28,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 from vq.abi import DeviceId
 from vq.errors import VqError
-from vq.testing.contained import ContainedProcess, inheritable_copy
+from vq.testing.contained import ContainedProcess, ContainedService, inheritable_copy
 from vq.testing.debian_kernel import find_kernel
 from vq.testing.initramfs import shell_initramfs
 from vq.testing.plain_fpu import with_plain_fpu
@@ -84,13 +82,13 @@ class Result:
     output: str
 
 
-class Guest(ABC):
+class Guest(ContainedService, ABC):
     """A booted guest. `close` ends it at once, as pulling the plug does."""
 
+    failure = GuestError
+
     def __init__(self, kind: str, *, boot_timeout: float, lifetime: float) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="vq-guest-"))
-        """Where the guest's own files are; gone after `close`."""
-        self._process: ContainedProcess | None = None
+        super().__init__(kind, prefix="vq-guest-", log="console.log")
         self._shell: _Shell | None = None
         started = time.monotonic()
         try:
@@ -139,38 +137,17 @@ class Guest(ABC):
 
     def kernel_log(self) -> str:
         """Everything that the guest's kernel has printed so far."""
-        try:
-            return (self.directory / "console.log").read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return self.log()
 
     def complaints(self) -> list[str]:
         """The lines of the kernel's log in which it says that something is badly wrong."""
         return [line for line in self.kernel_log().splitlines() if _COMPLAINT.search(line)]
 
-    @property
-    def running(self) -> bool:
-        """Whether the guest's process runs. A guest that hangs runs too."""
-        return self._process is not None and self._process.running
-
     def close(self) -> None:
         """Kills the guest and removes what it kept on disk. Closing twice is allowed."""
-        if self._process is not None:
-            self._process.close()
+        super().close()
         if self._shell is not None:
             self._shell.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class UmlGuest(Guest):
@@ -224,7 +201,7 @@ class UmlGuest(Guest):
                 *self._arguments,
             ],
             lifetime=lifetime,
-            output=self.directory / "console.log",
+            output=self._log,
             pass_fds=[console],
         )
 
@@ -234,8 +211,8 @@ class QemuGuest(Guest):
 
     `sockets` are paths of vhost-user sockets on which a device listens. `queue_pairs` is the number
     that each card is created with, `cpus` that of the guest's processors. `card` adds properties to
-    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance. The rest is as
-    with `UmlGuest`, but for `moved_from`, which `move` uses.
+    the cards ("mrg_rxbuf=off"); `arguments` go to QEMU: other devices, for instance; `prefix` is a
+    command that runs it. The rest is as with `UmlGuest`, but for `moved_from`, which `move` uses.
     """
 
     def __init__(
@@ -249,6 +226,7 @@ class QemuGuest(Guest):
         load: Sequence[str] = (),
         programs: Mapping[str, str] = MappingProxyType({}),
         arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
         boot_timeout: float = 90,
         lifetime: float = 900,
         moved_from: QemuGuest | None = None,
@@ -289,13 +267,23 @@ class QemuGuest(Guest):
             )
         ]
         self._arguments = list(arguments)
+        self._prefix = list(prefix)
         super().__init__("QEMU", boot_timeout=boot_timeout, lifetime=lifetime)
 
     def _start(self, console: int, lifetime: float) -> ContainedProcess:
-        log = self.directory / "console.log"
+        log = self._log
         return ContainedProcess(
             [
-                *(self._qemu, "-accel", "tcg", "-M", "q35,memory-backend=mem", "-m", self._mem),
+                *(
+                    *self._prefix,
+                    self._qemu,
+                    "-accel",
+                    "tcg",
+                    "-M",
+                    "q35,memory-backend=mem",
+                    "-m",
+                    self._mem,
+                ),
                 *("-object", f"memory-backend-memfd,id=mem,size={self._mem},share=on"),
                 *("-smp", str(self._cpus), "-nodefaults", "-display", "none", "-no-reboot"),
                 *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
@@ -343,6 +331,7 @@ class QemuGuest(Guest):
             sockets,
             **self._settings,
             arguments=self._arguments,
+            prefix=self._prefix,
             boot_timeout=timeout,
             moved_from=self,
         )

@@ -6,15 +6,11 @@ import itertools
 import os
 import re
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from vq.testing.contained import ContainedProcess
+from vq.testing.contained import Closing, ContainedProcess, ContainedService
 from vq.testing.requirements import check_namespaces, find_program
 
 __all__ = ["Namespace", "bad_checksums", "iperf_server"]
@@ -22,7 +18,7 @@ __all__ = ["Namespace", "bad_checksums", "iperf_server"]
 _numbers = itertools.count()
 
 
-class Namespace:
+class Namespace(Closing):
     """A network namespace that is gone, with all interfaces in it, after `close`.
 
     Its name starts with `prefix`. Raises `MissingRequirement` where none can be made.
@@ -85,17 +81,6 @@ class Namespace:
             [self._ip, "netns", "del", self.name], check=False, timeout=20, capture_output=True
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 @contextmanager
 def iperf_server(
@@ -103,20 +88,19 @@ def iperf_server(
 ) -> Iterator[None]:
     """Inside of this an iperf3 server listens, in a namespace or where we are."""
     argv = [find_program("iperf3"), "-s", "--forceflush", "-p", str(port)]
-    if namespace is not None:
-        argv = namespace.argv(*argv)
-    with tempfile.TemporaryDirectory(prefix="vq-iperf-") as directory:
-        log = Path(directory) / "log"
-        server = ContainedProcess(argv, lifetime=lifetime, output=log)
+    with _IperfServer(argv if namespace is None else namespace.argv(*argv), lifetime):
+        yield
+
+
+class _IperfServer(ContainedService):
+    def __init__(self, argv: Sequence[str], lifetime: float) -> None:
+        super().__init__("iperf3", prefix="vq-iperf-")
         try:
-            deadline = time.monotonic() + 10
-            while "listening" not in log.read_text():
-                if not server.running or time.monotonic() > deadline:
-                    raise RuntimeError(f"iperf3 does not listen: {log.read_text().strip()}")
-                time.sleep(0.02)
-            yield
-        finally:
-            server.close()
+            self._process = ContainedProcess(argv, lifetime=lifetime, output=self._log)
+            self.wait_for(lambda: "listening" in self.log() or None, timeout=10)
+        except BaseException:
+            self.close()
+            raise
 
 
 def bad_checksums(run: Callable[[str], str]) -> dict[str, int]:

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from vq.errors import VqError
-from vq.testing.contained import ContainedProcess, inheritable_copy
+from vq.testing.contained import Closing, ContainedProcess, ContainedService, inheritable_copy
 from vq.testing.requirements import MissingRequirement, check_root, find_program
 
 __all__ = ["HugePages", "PortStats", "Testpmd", "TestpmdError"]
@@ -30,7 +26,7 @@ _PROMPT = "testpmd> "
 _COUNT = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
-class HugePages:
+class HugePages(Closing):
     """`count` more huge pages of 2 MiB for this machine, and a hugetlbfs to take them from.
 
     Both are given back by `close`. Raises `MissingRequirement` where they cannot be had.
@@ -68,17 +64,6 @@ class HugePages:
         if self.directory.exists():
             self.directory.rmdir()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class TestpmdError(VqError):
     """testpmd did not start, ended, or does not answer."""
@@ -96,7 +81,7 @@ class PortStats:
     tx_bytes: int
 
 
-class Testpmd:
+class Testpmd(ContainedService):
     """testpmd with one virtio-user port for each socket, waiting for commands.
 
     `sockets` is one path of a vhost-user socket, or several. `port` adds properties to each port
@@ -105,6 +90,7 @@ class Testpmd:
     """
 
     __test__ = False
+    failure = TestpmdError
 
     def __init__(
         self,
@@ -121,11 +107,9 @@ class Testpmd:
         program = find_program("dpdk-testpmd", package="dpdk")
         find_program("stdbuf", package="coreutils")
         paths = [sockets] if isinstance(sockets, str | Path) else sockets
-        self._directory = Path(tempfile.mkdtemp(prefix="vq-testpmd-"))
-        self._log = self._directory / "log"
+        super().__init__("testpmd", prefix="vq-testpmd-")
         # Both ends are kept: reopened through /proc, a pipe without a writer would be at its end.
         reading, self._commands = os.pipe()
-        self._process: ContainedProcess | None = None
         try:
             source = inheritable_copy(reading)
             try:
@@ -145,7 +129,7 @@ class Testpmd:
                     lifetime=lifetime,
                     output=self._log,
                     input=source,
-                    env={**os.environ, "RUNTIME_DIRECTORY": str(self._directory)},
+                    env={**os.environ, "RUNTIME_DIRECTORY": str(self.directory)},
                 )
             finally:
                 os.close(source)
@@ -173,39 +157,17 @@ class Testpmd:
             *(int(found[name]) for name in ("RX-packets", "RX-bytes", "TX-packets", "TX-bytes"))
         )
 
-    def log(self) -> str:
-        """Everything that testpmd has written so far."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
     def close(self) -> None:
         """Kills testpmd. Closing twice is allowed."""
-        if self._process is not None:
-            self._process.close()
+        super().close()
         if self._commands >= 0:
             os.close(self._commands)
             self._commands = -1
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _answer(self, position: int, timeout: float) -> str:
         """What testpmd writes from `position` of its log on, up to its next prompt."""
-        deadline = time.monotonic() + timeout
-        while True:
-            text = self.log()[position:]
-            if text.endswith(_PROMPT):
-                return text.removesuffix(_PROMPT)
-            if self._process is None or not self._process.running:
-                raise TestpmdError(f"testpmd ended: {text[-2000:]}")
-            if time.monotonic() > deadline:
-                raise TestpmdError(f"testpmd does not answer: {text[-2000:]}")
-            time.sleep(0.02)
+        return self.wait_for(lambda: _before_prompt(self.log()[position:]), timeout)
+
+
+def _before_prompt(text: str) -> str | None:
+    return text.removesuffix(_PROMPT) if text.endswith(_PROMPT) else None

@@ -91,6 +91,7 @@ class VhostFrontend:
         device_id: int = DeviceId.NET,
         queue_count: int | None = None,
         queue_size: int = 256,
+        protocol: int = -1,
         idle: Callable[[], None] | None = None,
         timeout: float = 5.0,
     ) -> None:
@@ -104,6 +105,7 @@ class VhostFrontend:
         self.calls = 0
         """How many calls have come."""
         self._memory = memory
+        self._protocol = _PROTOCOL & protocol
         self._queue_size = queue_size
         self._idle = idle
         self._timeout = timeout
@@ -251,7 +253,7 @@ class VhostFrontend:
         self.device_features = offered & ~feature_mask(VhostFeature)
         if not offered >> VhostFeature.PROTOCOL_FEATURES & 1:
             raise DeviceError("the backend does not offer PROTOCOL_FEATURES")
-        common = self._ask(Request.GET_PROTOCOL_FEATURES) & _PROTOCOL
+        common = self._ask(Request.GET_PROTOCOL_FEATURES) & self._protocol
         self._tell(Request.SET_PROTOCOL_FEATURES, common)
         self.protocol_features = common
         if self._has(ProtocolFeature.BACKEND_REQ):

@@ -1,0 +1,184 @@
+"""Many requests to the kernel at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import socket
+import struct
+from array import array
+from collections.abc import Iterator
+
+import pytest
+
+from vq import io_uring
+from vq.io_uring import Opcode, RequestRing
+from vq.testing.requirements import need_linux, unmet
+
+
+def ring(fd: int, *opcodes: Opcode, count: int = 8) -> RequestRing:
+    need_linux()
+    try:
+        return RequestRing(fd, opcodes, count)
+    except OSError as error:
+        unmet(f"this kernel has no io_uring for us: {error}")
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Datagrams, so that each request is one of them, as with a tap."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        near.setblocking(False)
+        far.setblocking(False)
+        yield near, far
+
+
+def point(
+    requests: RequestRing, first: int, texts: list[bytes]
+) -> list[ctypes.Array[ctypes.c_char]]:
+    buffers = [ctypes.create_string_buffer(text, len(text)) for text in texts]
+    end = first + len(texts)
+    requests.addresses[first:end] = array("Q", [ctypes.addressof(b) for b in buffers])
+    requests.lengths[first:end] = array("I", [len(b) for b in buffers])
+    return buffers
+
+
+def test_requests_are_done_in_their_order_round_and_round(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE, Opcode.READ)
+    for turn in range(40):
+        count = turn % 8 + 1
+        texts = [b"%d %d" % (turn, n) + bytes(n) for n in range(count)]
+        buffers = point(requests, 0, texts)
+        assert requests.submit(0, count) == [len(text) for text in texts]
+        assert [far.recv(100) for _ in texts] == texts
+        for text in texts[1:]:
+            far.send(text)
+        buffers = point(requests, 8, [bytes(20)] * count)
+        lengths = [len(text) for text in texts[1:]]
+        assert requests.submit(8, count) == [*lengths, -errno.EAGAIN]
+        assert [b.raw[:n] for b, n in zip(buffers, lengths, strict=False)] == texts[1:]
+    requests.close()
+
+
+def test_a_read_that_finds_nothing_is_not_left_waiting(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """What comes later must not be written to memory that is somebody else's by then."""
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.READ)
+    buffers = point(requests, 0, [b"mine"] * 8)
+    assert requests.submit(0, 8) == [-errno.EAGAIN] * 8
+    far.send(b"late")
+    assert all(b.raw == b"mine" for b in buffers)
+    assert near.recv(100) == b"late"
+    requests.close()
+
+
+def test_even_a_blocking_file_does_not_make_it_wait() -> None:
+    reading, writing = os.pipe()
+    requests = ring(reading, Opcode.READ)
+    point(requests, 0, [b"mine"])
+    assert requests.submit(0, 1) in ([-errno.EAGAIN], [-errno.EOPNOTSUPP])
+    requests.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_memory_that_is_not_there_fails_one_request_only(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    buffers = point(requests, 0, [b"one", b"two", b"three"])
+    requests.addresses[1] = 1 << 12
+    assert requests.submit(0, 3) == [3, -errno.EFAULT, 5]
+    assert [far.recv(100), far.recv(100)] == [b"one", b"three"]
+    requests.close()
+    assert buffers
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flags", "name"),
+    [(18, 1, "openat"), (23, 1, "write"), (22, 0, "read of any file"), (22, 1 | 4, "linked read")],
+)
+def test_a_ring_can_be_used_for_nothing_else(
+    pair: tuple[socket.socket, socket.socket], opcode: int, flags: int, name: str
+) -> None:
+    """What io_uring does is not seen by seccomp: a sandbox relies on this."""
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.READ)
+    far.send(b"hello")
+    buffers = point(requests, 0, [bytes(8)])
+    assert bytes(requests._entries[:2]) == bytes([22, 1])
+    requests._entries[:2] = bytes([opcode, flags])
+    assert requests.submit(0, 1) == [-errno.EACCES], name
+    requests._entries[:2] = bytes([22, 1])
+    assert requests.submit(0, 1) == [5] and buffers[0].raw == b"hello\0\0\0"
+    with pytest.raises(OSError, match="ermission"):
+        requests._register(io_uring._REGISTER_FILES, struct.pack("=i", far.fileno()), 1)
+    requests.close()
+
+
+def test_answers_out_of_turn_are_put_in_order(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, _ = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    numbers = [2, 0, 3, 1]
+    place = requests._words[requests._done] & (requests._completions - 1)
+    for offset, number in enumerate(numbers):
+        requests._who[place + offset] = number
+        requests._results[place + offset] = 100 + number
+    assert requests._collect(0, 4) == [100, 101, 102, 103]
+    requests.close()
+
+
+def test_a_closed_ring_leaves_nothing_open(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+    ring(near.fileno(), Opcode.READ).close()
+    before = os.listdir("/proc/self/fd")
+    requests = ring(near.fileno(), Opcode.READ, Opcode.WRITE)
+    requests.close()
+    requests.close()
+    ring(near.fileno(), Opcode.READ)  # and one that was only forgotten
+    gc.collect()
+    assert os.listdir("/proc/self/fd") == before
+    near.close()
+    far.settimeout(5)
+    with pytest.raises(OSError):  # nobody holds the other end any more
+        far.send(b"x")
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.EPERM, errno.ENOMEM])
+def test_a_kernel_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(answer, "refused")
+
+    monkeypatch.setattr(RequestRing, "_call", refused)
+    with pytest.raises(OSError, match="refused"):
+        RequestRing(0, (Opcode.READ,), 8)
+
+
+def test_a_kernel_that_is_too_old_is_an_error(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _ = pair
+    ring(near.fileno(), Opcode.READ).close()
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(io_uring, "_FEAT_CQE_SKIP", 1 << 31)
+    with pytest.raises(OSError, match="too old"):
+        RequestRing(near.fileno(), (Opcode.READ,), 8)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_structures_have_the_sizes_of_the_headers() -> None:
+    """uapi/linux/io_uring.h"""
+    assert io_uring._ENTRY.size == 64
+    assert io_uring._PARAMS.size == 120
+    entry = io_uring._ENTRY.pack(22, 1, 0, 5, (1 << 64) - 1, 0x1000, 64, 8, 9)
+    assert struct.unpack_from("<BBHi", entry) == (22, 1, 0, 5)
+    assert struct.unpack_from("<QQIIQ", entry, 8) == ((1 << 64) - 1, 0x1000, 64, 8, 9)

@@ -1,0 +1,116 @@
+"""Many pieces of memory copied into one, and back again, in one system call each.
+
+To touch a hundred places in memory from Python, one after another, takes a hundred steps of the
+interpreter. The kernel does it in one: `pwritev` copies from any number of places into a file, and
+`preadv` the other way. `Slab` is such a file, mapped, in memory and without a name.
+
+What was gathered is private: nobody can change it after it was looked at. Memory that turns out not
+to be there (a guest's file that was cut short) is an `OSError` here, not the end of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import weakref
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from vq.memory import map_shared
+
+__all__ = ["IoVectors", "Slab"]
+
+SYSTEM_CALLS = ("preadv", "pwritev", "readv")
+
+
+class IoVectors:
+    """An array of `count` times `struct iovec`; `address` is where it lies."""
+
+    def __init__(self, count: int) -> None:
+        memory = (ctypes.c_ubyte * (2 * _WORD * count))()
+        self.address = ctypes.addressof(memory)
+        self.count = count
+        words = memoryview(memory).cast("B").cast("L")
+        self._addresses, self._lengths = words[::2], words[1::2]
+
+    def put(self, first: int, addresses: Sequence[int], lengths: Sequence[int]) -> None:
+        """Stores pieces from number `first` on. There must be as many lengths as addresses."""
+        end = first + len(addresses)
+        self._addresses[first:end] = array("L", addresses)
+        self._lengths[first:end] = array("L", lengths)
+
+    def read(self, fd: int, first: int, count: int) -> int:
+        """readv(2) into `count` pieces from number `first` on; returns how many bytes it read.
+
+        Raises `OSError`.
+        """
+        length: int = _readv(fd, self.address + 2 * _WORD * first, count)
+        if length < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return length
+
+
+class Slab:
+    """Private memory of `size` bytes for up to `pieces` pieces at once.
+
+    `view` shows all of it, and `address` is where it lies. Raises `OSError` where the system has
+    no such files.
+    """
+
+    def __init__(self, size: int, pieces: int) -> None:
+        if _pwritev is None or _preadv is None or not hasattr(os, "memfd_create"):
+            raise OSError(errno.ENOSYS, "no memfd, preadv or pwritev here")
+        self._fd = os.memfd_create("vq-slab")
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
+        self._finalizer.atexit = False
+        try:
+            os.ftruncate(self._fd, size)
+            self.view, self.address = map_shared(self._fd, 0, size)
+        except BaseException:
+            self.close()
+            raise
+        self._vectors = IoVectors(pieces)
+        self._pieces = self._total = 0  # of what was gathered last
+
+    def gather(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> None:
+        """Copies pieces of memory into the slab, from its start, one right behind another.
+
+        `total` is the sum of the lengths. Raises `OSError` (EFAULT) when not all pieces are there.
+        """
+        self._vectors.put(0, addresses, lengths)
+        self._pieces, self._total = len(addresses), total
+        self._move(_pwritev)
+
+    def put_back(self) -> None:
+        """Copies the pieces back to where `gather` found them."""
+        self._move(_preadv)
+
+    def close(self) -> None:
+        """Gives the slab back, once nobody looks at it. Closing twice is allowed."""
+        self._finalizer()
+
+    def _move(self, call: Any) -> None:
+        if call(self._fd, self._vectors.address, self._pieces, 0) != self._total:
+            code = ctypes.get_errno() or errno.EFAULT
+            raise OSError(code, f"memory cannot be copied: {os.strerror(code)}")
+
+
+_WORD = ctypes.sizeof(ctypes.c_void_p)  # as wide as size_t, and as the "L" of arrays
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _function(name: str, *more: object) -> Any:
+    """A function that takes a descriptor, vectors and their count; None where there is none."""
+    function = getattr(_libc, name, None)
+    if function is not None:
+        function.restype = ctypes.c_ssize_t
+        function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *more)
+    return function
+
+
+_readv = _function("readv")
+_preadv = _function("preadv", ctypes.c_long)
+_pwritev = _function("pwritev", ctypes.c_long)
