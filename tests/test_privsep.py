@@ -53,14 +53,15 @@ SECONDS = 10.0
 
 places = st.integers(0, 0xFFFF)
 generations = st.integers(0, 0xFFFFFFFF)
+numbers = st.none() | generations
 offloads = st.integers(0, int(ALL)).map(Offload)
 messages = st.one_of(
     st.builds(SetOffloads, places, generations, offloads),
     st.builds(Look, places),
     st.just(Ready()),
-    st.builds(Connect, places),
+    st.builds(Connect, places, numbers),
     st.builds(TapState, places, generations, places, offloads, generations, st.booleans()),
-    st.builds(Connected, places, places, st.text(max_size=100)),
+    st.builds(Connected, places, places, st.text(max_size=100), numbers),
 )
 
 
@@ -100,6 +101,8 @@ def test_the_messages_bytes() -> None:
     assert encode(TapState(2, 7, 22, Offload.TSO6, 1500, True)) == struct.pack(
         "=HHIIIHH", 5, 2, 7, 4, 1500, 22, 1
     )
+    assert encode(Connect(2)) == struct.pack("=HHIIIHH", 4, 2, 0, 0, 0, 0, 0)
+    assert encode(Connect(2, 5000)) == struct.pack("=HHIIIHH", 4, 2, 5000, 0, 0, 0, 2)
     assert encode(Connected(3, 111, "no")) == struct.pack("=HHIIIHH", 6, 3, 0, 0, 0, 111, 0) + b"no"
 
 
@@ -114,7 +117,9 @@ def test_words_that_are_too_long_are_cut_between_letters() -> None:
         (b"", "a message of 0 bytes"),
         (struct.pack("=HHIIIHH", 9, 0, 0, 0, 0, 0, 0), "of kind 9"),
         (struct.pack("=HHIIIHH", 1, 0, 0, 64, 0, 0, 0), "offloads 0x40"),
-        (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 2), "flags 0x2"),
+        (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 4), "flags 0x4"),
+        (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 2), "a Ready with more in it"),
+        (struct.pack("=HHIIIHH", 4, 1, 9, 0, 0, 0, 0), "a Connect with more in it"),
         (struct.pack("=HHIIIHH", 3, 1, 0, 0, 0, 0, 0), "a Ready with more in it"),
         (encode(Ready()) + b"x", "a Ready with more in it"),
     ],
@@ -402,37 +407,121 @@ def test_bytes_that_are_no_message_end_a_channel(loop: Loop) -> None:
         assert other.recv(1) == b"", "hung up"
 
 
-def test_a_connector_connects_through_its_helper(tmp_path: Path) -> None:
+@pytest.fixture
+def separated_connector() -> Iterator[Callable[[Connector], None]]:
+    """Has a connector ask a helper, a process of its own, from now on."""
+    ends: list[tuple[socket.socket, int]] = []
+
+    def separate(connector: Connector) -> None:
+        ours, theirs = channel_pair()
+        child = os.fork()
+        if child == 0:  # the helper
+            ours.close()
+            theirs.setblocking(True)
+            while data := theirs.recv(MAX_SIZE):
+                message = decode(data)
+                assert isinstance(message, Connect)
+                reply, fd = answer(connector, message)
+                socket.send_fds(theirs, [encode(reply)], [fd] if fd >= 0 else [])
+            os._exit(0)
+        theirs.close()
+        connector.leave_control(ours)
+        ends.append((ours, child))
+
+    yield separate
+    for ours, child in ends:
+        ours.close()
+        assert os.waitpid(child, 0)[1] == 0
+
+
+Separate = Callable[[Connector], None]
+
+
+def check_connection(connector: Connector, path: str) -> None:
+    """There is none, and then there is one."""
+    with pytest.raises(OSError, match="nobody listens at"):
+        connector.connect(path)
+    with closing(Listener(path)) as listener, connector.connect(path) as connection:
+        with listener.socket.accept()[0] as accepted:
+            connection.send(b"hello")
+            assert accepted.recv(5) == b"hello"
+        assert not connection.getblocking()
+        assert not os.get_inheritable(connection.fileno())
+
+
+def test_a_connector_connects_through_its_helper(
+    tmp_path: Path, separated_connector: Separate
+) -> None:
     path = str(tmp_path / "s")
     connector = Connector()
     connector.name(path)
+    separated_connector(connector)
+    check_connection(connector, path)
+    with pytest.raises(PermissionError, match="was not named at the start"):
+        connector.connect(str(tmp_path / "other"))
+
+
+def test_a_connector_connects_to_a_family_through_its_helper(
+    tmp_path: Path, separated_connector: Separate
+) -> None:
+    connector = Connector()
+    connector.name_family(str(tmp_path / "other_"))
+    connector.name_family(str(tmp_path / "s_"))
+    separated_connector(connector)
+    for number in (0, 1, 5000, 0xFFFFFFFF):
+        check_connection(connector, str(tmp_path / f"s_{number}"))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["", "x", "-1", "+1", "01", "1 ", "1/2", "../s", "4294967296", "9" * 30, "\u0661", "1_0"],
+)
+def test_what_is_not_of_a_family_is_not_asked_for(
+    rest: str, tmp_path: Path, separated_connector: Separate
+) -> None:
+    connector = Connector()
+    connector.name_family(str(tmp_path / "s_"))
+    separated_connector(connector)
+    with pytest.raises(PermissionError, match="was not named at the start"):
+        connector.connect(str(tmp_path / f"s_{rest}"))
+
+
+@given(st.integers(0, 0xFFFFFFFF) | st.integers(0, 20), st.integers(0, 3))
+def test_a_request_for_a_path_of_a_family_is_for_that_path(number: int, place: int) -> None:
+    """Whatever the worker asks for is a path of a family that was named."""
+    connector = Connector()
+    for index in range(4):
+        connector.name_family(f"/no/such/directory/{index}_")
+    path = f"/no/such/directory/{place}_{number}"
+    assert connector._request(path) == Connect(place, number)
+    reply, fd = answer(connector, Connect(place, number))
+    assert (reply.place, reply.number, reply.error, fd) == (place, number, errno.ENOENT, -1)
+    assert path in reply.words
+
+
+def test_connecting_to_a_family_without_a_helper_remembers_nothing(tmp_path: Path) -> None:
+    """A guest may try four thousand million ports."""
+    connector = Connector()
+    connector.name_family(str(tmp_path / "s_"))
+    for number in range(3):
+        check_connection(connector, str(tmp_path / f"s_{number}"))
+    assert connector.paths == []
+
+
+def test_an_answer_that_comes_too_late_is_for_nobody_else() -> None:
+    """The helper was slow once: its answer for one port is no connection to another."""
+    connector = Connector()
+    connector.name_family("/s_")
     ours, theirs = channel_pair()
     connector.leave_control(ours)
-    child = os.fork()
-    if child == 0:  # the helper
-        ours.close()
-        theirs.setblocking(True)
-        while data := theirs.recv(MAX_SIZE):
-            message = decode(data)
-            assert isinstance(message, Connect)
-            reply, fd = answer([path], message)
-            socket.send_fds(theirs, [encode(reply)], [fd] if fd >= 0 else [])
-        os._exit(0)
-    theirs.close()
-    try:
-        with pytest.raises(OSError, match="nobody listens at"):
-            connector.connect(path)
-        with closing(Listener(path)) as listener, connector.connect(path) as connection:
-            with listener.socket.accept()[0] as accepted:
-                connection.send(b"hello")
-                assert accepted.recv(5) == b"hello"
-            assert not connection.getblocking()
-            assert not os.get_inheritable(connection.fileno())
-        with pytest.raises(OSError, match="was not named at the start"):
-            connector.connect(str(tmp_path / "other"))
-    finally:
-        ours.close()
-        assert os.waitpid(child, 0)[1] == 0
+    late, wanted = socket.socketpair()
+    with ours, theirs, late, wanted:
+        socket.send_fds(theirs, [encode(Connected(0, 0, number=1))], [late.fileno()])
+        socket.send_fds(theirs, [encode(Connected(0, 0))], [late.fileno()])
+        socket.send_fds(theirs, [encode(Connected(0, 0, number=2))], [wanted.fileno()])
+        with connector.connect("/s_2") as connection:
+            late.send(b"to the wanted one")
+            assert connection.recv(100) == b"to the wanted one"
 
 
 def test_a_connector_refuses_paths_where_no_socket_can_be(tmp_path: Path) -> None:
@@ -440,8 +529,17 @@ def test_a_connector_refuses_paths_where_no_socket_can_be(tmp_path: Path) -> Non
     for path in (str(tmp_path / "file"), "x" * 200, ""):
         with pytest.raises(UsageError):
             Connector().name(path)
-    assert answer([str(tmp_path / "file")], Connect(0))[0].error == errno.ENOTSOCK
-    assert answer([], Connect(0))[0].error == errno.EINVAL
+    with pytest.raises(UsageError, match="empty"):
+        Connector().name_family("")
+    (tmp_path / "file_7").touch()
+    named = Connector()
+    named.name(str(tmp_path / "later"))
+    (tmp_path / "later").touch()
+    named.name_family(str(tmp_path / "file_"))
+    assert answer(named, Connect(0))[0].error == errno.ENOTSOCK
+    assert answer(named, Connect(0, 7))[0].error == errno.ENOTSOCK
+    assert answer(named, Connect(1))[0].error == errno.EINVAL
+    assert answer(named, Connect(1, 7))[0].error == errno.EINVAL
 
 
 # --- helper and worker ---------------------------------------------------------------------------

@@ -227,16 +227,20 @@ def test_local_time_is_the_same_inside() -> None:
     assert confined(tell) == (0, tell())
 
 
-def test_ioctls_are_those_of_the_policy() -> None:
+def test_ioctls_are_those_of_the_policy_and_those_that_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ours, theirs = socket.socketpair()
 
     def ask(request: int) -> Callable[[], object]:
         return lambda: Libc().call("ioctl", ours.fileno(), request, ctypes.byref(ctypes.c_int()))
 
+    monkeypatch.setattr(linux, "listed_ioctls", lambda: [*linux.IOCTLS, 0x8905])  # SIOCATMARK
     policy = Policy(user=NOBODY, ioctls=(0x541B,))  # FIONREAD
     with ours, theirs:
         assert confined(ask(0x541B), policy)[0] == 0
         assert confined(ask(0x541B))[0] == -signal.SIGSYS
+        assert confined(ask(0x8905))[0] == 0
         assert confined(ask(0x5411), policy)[0] == -signal.SIGSYS  # TIOCOUTQ
 
 
@@ -404,6 +408,27 @@ def test_a_link_that_is_not_loaded_lists_nothing() -> None:
     assert done.stdout.split() == ["io_uring_enter", "writev"]
 
 
+def test_only_devices_with_terminals_list_what_is_for_terminals() -> None:
+    """Linux' FIONREAD, TIOCGWINSZ, TCGETS, TCSETSF, TCGETS2 and TCSETSF2; OpenBSD's promise."""
+    need_linux()
+    found = {}
+    for kind in ("net", "blk", "rng", "vsock", "console"):
+        code = (
+            f"import vq.serve.{kind}; from vq.sandbox import linux, openbsd;"
+            "ioctls = set(linux.listed_ioctls()) - set(linux.IOCTLS);"
+            "print(*sorted(ioctls), *openbsd.promises()[4:])"
+        )
+        found[kind] = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    terminals = sorted((0x541B, 0x5413, 0x5401, 0x5404, 0x802C542A, 0x402C542D))
+    assert found == {
+        "net": [],
+        "blk": [],
+        "rng": [],
+        "vsock": [str(0x541B)],
+        "console": [*map(str, terminals), "tty"],
+    }
+
+
 @pytest.mark.parametrize("machine", sorted(system_calls.ARCHITECTURES))
 def test_a_filter_can_be_made_for_every_processor(machine: str) -> None:
     assert len(linux.filter_for(Policy(ioctls=(1, 2)), machine)) % 8 == 0
@@ -412,7 +437,8 @@ def test_a_filter_can_be_made_for_every_processor(machine: str) -> None:
 # --- OpenBSD and FreeBSD, from their manuals -----------------------------------------------------
 
 
-def test_openbsd_hides_files_before_it_pledges() -> None:
+def test_openbsd_hides_files_before_it_pledges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openbsd, "promises", lambda: list(openbsd.PROMISES))
     library = Stub(pledge=0, unveil=0)
     held = openbsd.confine(Policy(), libc=Libc(library))
     assert library.calls == [

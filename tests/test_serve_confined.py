@@ -214,6 +214,7 @@ def test_what_a_device_holds_is_not_what_somebody_left_open(serve: Serve, tmp_pa
 
 
 MODEL = """
+import fcntl
 import os
 from vq import Device
 from vq.abi import DeviceId
@@ -230,6 +231,8 @@ class Source(Device):
         for chain in chains:
             if self.does == "ask":
                 os.uname()
+            elif self.does == "control":
+                fcntl.ioctl(self.source, 0x80045200, bytes(4))  # RNDGETENTCNT
             elif self.does == "look":
                 try:
                     os.open("/dev/urandom", os.O_RDONLY)
@@ -243,11 +246,13 @@ class Source(Device):
 
 
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("does", ["read", "look", "ask"])
+@pytest.mark.parametrize("does", ["read", "look", "ask", "control"])
 def test_a_model_of_ones_own_does_what_it_lists(does: str, listed: bool, tmp_path: Path) -> None:
-    """What is open may be used; files are not found; another call has to be listed."""
+    """What is open may be used; files are not found; another call, or request, has to be listed."""
     need_linux()
-    model = MODEL + ('SYSTEM_CALLS = ("uname",)\n' if listed else "")
+    model = MODEL
+    if listed:
+        model += 'SYSTEM_CALLS = ("uname",)\nIOCTLS = (0x80045200,)\n'
     (tmp_path / "model.py").write_text(model)
     path = tmp_path / "s"
     argv = [sys.executable, "-m", "vq", "serve", "model:Source", f"--socket={path}"]
@@ -265,7 +270,7 @@ def test_a_model_of_ones_own_does_what_it_lists(does: str, listed: bool, tmp_pat
                 queue = guest.queues[0]
                 queue.add((), [(guest.allocator.allocate(32), 32)])
                 guest.kick(0)
-                killed = does == "ask" and not listed
+                killed = does in ("ask", "control") and not listed
                 eventually(lambda: bool(process.poll() if killed else queue.collect()), "an answer")
                 frontend.close()
         finally:

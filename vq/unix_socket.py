@@ -42,6 +42,7 @@ class Listener:
         self.path = path
         self.socket = _make_socket()
         self._file: tuple[int, int] | None = None
+        self._maker = os.getpid()
         try:
             _remove_dead(path, patience)
             private = (owner, group, mode) != (None, None, None)
@@ -63,9 +64,14 @@ class Listener:
             raise
 
     def close(self) -> None:
-        """Stops listening and removes the socket, unless it is another's by now."""
+        """Stops listening and removes the socket, unless it is another's by now.
+
+        In a process that was forked since it only stops: the socket is for the one that made it.
+        """
         self.socket.close()
         file, self._file = self._file, None
+        if os.getpid() != self._maker:
+            return
         with contextlib.suppress(OSError):
             if file is not None and _identity(self.path) == file:
                 os.unlink(self.path)

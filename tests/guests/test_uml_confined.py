@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from hashlib import md5
 from pathlib import Path
 
 import pytest
 
 from vq import system_calls
+from vq.abi import DeviceId
 from vq.testing.guest import UmlGuest
 from vq.testing.namespaces import Namespace, iperf_server
 from vq.testing.requirements import need_program, need_root, or_skip
+from vq.testing.served import ServeProcess
 
 from .conftest import (
     HOST4,
@@ -90,25 +96,56 @@ def test_a_guest_talks_through_a_worker_without_privileges(
         assert_well(served, guest, host)
 
 
-NAME = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(?:\d+:\d+:\d+ )?(?:<\.\.\. )?(\w+)(?:\(| resumed)")
+# --- what strace sees, which is what the kernel sees ----------------------------------------------
+
+CALL = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(?:\d+:\d+:\d+ )?(?:<\.\.\. )?(\w+)(?:\(| resumed)")
+IOCTL = re.compile(r"\bioctl\(\d+, (0x[0-9a-f]+)")
+
+
+class Trace:
+    """Every system call that a worker makes from now on, until `stop`."""
+
+    def __init__(self, served: ServeProcess, directory: Path) -> None:
+        self._path = directory / "trace"
+        strace = need_program("strace")
+        self._process = subprocess.Popen(
+            # Requests as numbers, not in words.
+            [strace, "-f", "-X", "raw", "-o", self._path, "-p", str(worker_of(served).pid)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        assert "attached" in self._process.stderr.readline()
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.communicate(timeout=10)
+
+    def check(self, *modules: str) -> tuple[set[str], set[int]]:
+        """All that were made are listed by these modules; gives the calls and ioctl's requests."""
+        self.stop()
+        text = self._path.read_text()
+        calls = {match[1] for line in text.splitlines() if (match := CALL.match(line))}
+        requests = {int(request, 16) for request in IOCTL.findall(text)}
+        calls -= {"killed", "exited"}
+        code = f"import {', '.join(modules)}; from vq.sandbox import linux;"
+        code += "print(*linux.listed_calls()); print(*linux.listed_ioctls())"
+        said = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+        assert calls <= set(said[0].split()), f"not listed: {calls - set(said[0].split())}"
+        assert requests <= {int(request) for request in said[1].split()}, requests
+        assert calls <= set(system_calls.names())
+        return calls, requests
 
 
 def test_a_worker_makes_only_the_calls_that_are_listed(
     host: Namespace, tap: str, tmp_path: Path
 ) -> None:
-    """strace sees what the kernel sees, from the first frame to the last."""
-    strace = need_program("strace")
     served = Served(tmp_path, tap, namespace=host)
     with ExitStack() as stack:
         stack.callback(served.close)
-        worker = worker_of(served).pid
-        trace = tmp_path / "trace"
-        tracer = subprocess.Popen(
-            [strace, "-f", "-o", str(trace), "-p", str(worker)], stderr=subprocess.DEVNULL
-        )
-        stack.callback(tracer.wait, 10)
-        stack.callback(tracer.terminate)
-        wait_until(trace.exists, "strace")
+        trace = Trace(served, tmp_path)
+        stack.callback(trace.stop)
         with or_skip():
             guest = UmlGuest([(served.sockets[0], 1)])
         stack.enter_context(guest)
@@ -117,11 +154,85 @@ def test_a_worker_makes_only_the_calls_that_are_listed(
         with iperf_server(host):
             guest.output(f"iperf3 -c {HOST4} -t 1; iperf3 -c {HOST4} -t 1 -R")
         guest.output("ip link set eth0 down; ip link set eth0 up; rmmod virtio_net")
-    made = {match[1] for line in trace.read_text().splitlines() if (match := NAME.match(line))}
-    made -= {"killed", "exited"}
-    modules = "vq.serve.net, vq.tap_linux, vq.sandbox.linux"  # those of such a worker
-    code = f"import {modules}; print(*vq.sandbox.linux.listed_calls())"
-    listed = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
-    assert {"epoll_wait", "writev", "recvmsg"} <= made | {"epoll_pwait"}, made
-    assert made <= listed, f"not listed: {made - listed}"
-    assert made <= set(system_calls.names())
+    calls, _ = trace.check("vq.serve.net", "vq.tap_linux")
+    assert {"epoll_wait", "writev", "recvmsg"} <= calls | {"epoll_pwait"}, calls
+
+
+def test_a_consoles_worker_makes_only_the_calls_that_are_listed(tmp_path: Path) -> None:
+    """On a terminal whose window changes its size, with a client of a socket, and on a file."""
+    need_root()
+    ends = [f"--port=p=unix:{tmp_path}/p", f"--port=log=file:{tmp_path}/log"]
+    options = ["--sandbox=require", "--pty", f"--link={tmp_path}/tty", *ends]
+    with ExitStack() as stack:
+        served = stack.enter_context(ServeProcess(tmp_path, "console", *options))
+        trace = Trace(served, tmp_path)
+        stack.callback(trace.stop)
+        with or_skip():
+            guest = UmlGuest([(served.sockets[0], DeviceId.CONSOLE)])
+        stack.enter_context(guest)
+        terminal = os.open(tmp_path / "tty", os.O_RDWR | os.O_NOCTTY)
+        stack.callback(os.close, terminal)
+        os.write(terminal, b"typed\n")
+        assert guest.output("head -n 1 </dev/hvc0").strip() == "typed"
+        termios.tcsetwinsize(terminal, (33, 101))
+        guest.output(
+            'for i in $(seq 50); do test "$(stty -F /dev/hvc0 size)" = "33 101" && exit 0;'
+            " sleep 0.1; done; exit 1"
+        )
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(str(tmp_path / "p"))
+            guest.output("until echo shown >/dev/vport0p1; do sleep 0.1; done")
+            assert client.recv(100) == b"shown\n"
+            client.sendall(b"question\n")
+            assert guest.output("head -n 1 </dev/vport0p1").strip() == "question"
+        wait_until(lambda: "the client has gone" in served.log(), "the client's going")
+        guest.output("echo written >/dev/vport0p2")
+        wait_until(lambda: (tmp_path / "log").read_text() == "written\n", "the file")
+        assert_well(served, guest)
+    calls, requests = trace.check("vq.serve.console")
+    assert {"accept4", "poll", "readv", "writev"} <= calls | {"ppoll"}, calls
+    assert {termios.FIONREAD, termios.TIOCGWINSZ, termios.TCGETS} <= requests | {termios.TCGETS}
+    assert "ERROR" not in served.log(), served.log()
+
+
+def test_a_vsock_devices_worker_makes_only_the_calls_that_are_listed(tmp_path: Path) -> None:
+    """Connections from the guest, which the helper makes, and from the host."""
+    need_root()
+    path = str(tmp_path / "u")
+    options = ["--sandbox=require", "--cid=42", f"--uds={path}"]
+    with ExitStack() as stack:
+        served = stack.enter_context(ServeProcess(tmp_path, "vsock", *options))
+        trace = Trace(served, tmp_path)
+        stack.callback(trace.stop)
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(f"{path}_5000")
+        listener.listen()
+        listener.settimeout(10)
+        with or_skip():
+            guest = UmlGuest([(served.sockets[0], DeviceId.VSOCK)], programs={"socat": "socat"})
+        stack.enter_context(guest)
+        guest.output("echo from the guest | socat -u - VSOCK-CONNECT:2:5000")
+        sock, _ = listener.accept()
+        with sock:
+            assert sock.recv(100) == b"from the guest\n"
+        assert guest.run("socat -u VSOCK-CONNECT:2:5001 -").status != 0, "nobody listens there"
+        guest.output("socat VSOCK-LISTEN:77 SYSTEM:md5sum >/dev/null 2>&1 </dev/null & true")
+        for _ in range(100):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(10)
+                client.connect(path)
+                client.sendall(b"CONNECT 77\n")
+                if client.recv(100).startswith(b"OK "):
+                    client.sendall(b"question")
+                    client.shutdown(socket.SHUT_WR)
+                    assert client.recv(100).split()[0].decode() == md5(b"question").hexdigest()
+                    break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("nobody in the guest accepts")
+        assert_well(served, guest)
+    calls, _ = trace.check("vq.serve.vsock")
+    assert {"accept4", "recvmsg", "shutdown", "poll"} <= calls | {"ppoll"}, calls
+    assert "connect" not in calls and "socket" not in calls, "that is the helper's"
+    assert "ERROR" not in served.log(), served.log()

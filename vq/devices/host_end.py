@@ -11,27 +11,34 @@ times a second while there is something to find out.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import select
 import stat
-import sys
 import termios
 import tty
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from vq import files
 from vq.device import Watch
+from vq.devices.hangup import hung_up, is_closed
 from vq.errors import UsageError
 from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.request import Reader, Writer
 from vq.unix_socket import Listener
 
-__all__ = ["FileEnd", "HostEnd", "PtyEnd", "UnixEnd", "host_end", "hung_up"]
+__all__ = ["FileEnd", "HostEnd", "PtyEnd", "UnixEnd", "host_end"]
 
 log = limited_logger(__name__)
+
+SYSTEM_CALLS = ("accept4", "getsockname", "readv", "writev")
+_TERMINAL = ("TIOCGWINSZ", "TCGETS", "TCSETSF")
+_TERMINAL2 = (0x802C542A, 0x402C542D)
+"""TCGETS2 and TCSETSF2, which glibc 2.42 and newer make of the same calls."""
+IOCTLS = (*(getattr(termios, name) for name in _TERMINAL if hasattr(termios, name)), *_TERMINAL2)
+"""Linux' for the size of a window, and for tcgetattr(3) and tcsetattr(3)."""
+PROMISES = ("tty",)
+"""OpenBSD's for the same."""
 
 LOOK_SECONDS = 0.2
 """How often to look at what no event loop tells."""
@@ -278,11 +285,12 @@ class PtyEnd(_StreamEnd):
         super().__init__(f"pty {self.path}")
         self._fd = fd
         self._link = link
+        self._maker = os.getpid()
 
     @property
     def is_listening(self) -> bool:
         """See `HostEnd`. What is written to a terminal that nobody has open is lost."""
-        return self.is_connected and not _events(self._fd) & select.POLLHUP
+        return self.is_connected and not is_closed(self._fd)
 
     def _begin(self, model: DeviceModel) -> None:
         self._watch = model.watch(self._fd, readable=self._readable, writable=self._writable)
@@ -326,7 +334,8 @@ class PtyEnd(_StreamEnd):
         """See `HostEnd`."""
         self.is_connected = False
         if self._fd >= 0:
-            if self._link is not None:
+            # A process that was forked since leaves the link to the one that made it.
+            if self._link is not None and os.getpid() == self._maker:
                 _remove_link(self.path, self._link)
             os.close(self._fd)
             self._fd = -1
@@ -336,13 +345,13 @@ class FileEnd(HostEnd):
     """A file that what the guest writes is added to, made where it is not there.
 
     Nothing is read. While it cannot be written to (a full disk), it has no peer, and is tried again
-    every second. Raises `OSError` when it cannot be opened, `UsageError` for what is no file.
+    every second. A symbolic link is not followed. Raises `OSError` when it cannot be opened,
+    `UsageError` for what is no file.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__(f"file {path}")
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = files.open_to_append(path, mode=0o600)
         mode = os.fstat(self._fd).st_mode
         if not (stat.S_ISREG(mode) or path == os.devnull):
             os.close(self._fd)
@@ -404,28 +413,6 @@ def host_end(text: str) -> HostEnd:
     if kind == "file" and place:
         return FileEnd(place)
     raise UsageError(f"{text!r}: an end is pty, pty:LINK, unix:PATH or file:PATH")
-
-
-def hung_up(fd: int) -> bool:
-    """Whether the other side is closed, and all that came from it read."""
-    events = _events(fd)
-    return bool(events & select.POLLHUP) and not (events & select.POLLIN and _bytes_waiting(fd))
-
-
-def _events(fd: int) -> int:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return dict(poll.poll(0)).get(fd, 0)
-
-
-def _bytes_waiting(fd: int) -> int:
-    """How many bytes could be read now (FIONREAD)."""
-    try:
-        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return 0
 
 
 def _make_link(target: str, link: str) -> None:

@@ -23,9 +23,10 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
+from vq import unix_socket
 from vq.abi import (
     DeviceId,
 )
@@ -41,18 +42,23 @@ from vq.abi_vsock import (
     VsockType,
 )
 from vq.device import Queue, Watch
-from vq.devices.host_end import hung_up
+from vq.devices.hangup import hung_up
 from vq.devices.vsock_connection import Connection, Header, State
 from vq.errors import DriverError, UsageError
 from vq.log_limit import limited_logger
 from vq.model import DeviceModel
 from vq.packet import cut
 from vq.request import IOV_MAX, Request
-from vq.unix_socket import Listener, connect
+from vq.unix_socket import Listener
 
-__all__ = ["VsockDevice"]
+__all__ = ["VsockDevice", "prefix_of_ports"]
 
 log = limited_logger(__name__)
+
+SYSTEM_CALLS = (
+    *("accept4", "getsockname", "shutdown"),
+    *("readv", "recvfrom", "sendto", "writev"),
+)
 
 RX, TX, EVENT = 0, 1, 2
 QUEUE_SIZE = 256
@@ -80,7 +86,8 @@ class VsockDevice(DeviceModel):
     """A guest's sockets, for the guest with `cid`, on Unix sockets at `path`.
 
     `connections` is how many there may be at a time, and `buffer` the bytes that are kept for each
-    until its socket takes them.
+    until its socket takes them. `connect` makes the connections to the host's programs: it gets a
+    path, and returns a connected socket that does not block or raises `OSError` or `UsageError`.
 
     Counted in `stats`: ``connected_from_guest``, ``connected_to_guest``, ``refused``, ``reset``
     (connections that a guest used against the rules), ``to_guest_bytes``, ``to_host_bytes``,
@@ -94,7 +101,13 @@ class VsockDevice(DeviceModel):
     from_outside: ClassVar[Collection[str]] = ("rx", "event")
 
     def __init__(
-        self, cid: int, path: str, *, connections: int = 512, buffer: int = 1 << 18
+        self,
+        cid: int,
+        path: str,
+        *,
+        connections: int = 512,
+        buffer: int = 1 << 18,
+        connect: Callable[[str], socket.socket] = unix_socket.connect,
     ) -> None:
         if not 0 <= cid <= 0xFFFFFFFF or cid in RESERVED_CIDS:
             raise UsageError(f"a guest cannot have the CID {cid}")
@@ -109,6 +122,7 @@ class VsockDevice(DeviceModel):
         )
         self.cid = cid
         self.path = path
+        self._connect = connect
         self._limit = connections
         self._buffer = buffer
         self._flows: dict[tuple[int, int], _Flow] = {}  # by the guest's port and the host's
@@ -204,7 +218,7 @@ class VsockDevice(DeviceModel):
         if self._count() >= self._limit:
             return None
         try:
-            return connect(f"{self.path}_{port}")
+            return self._connect(f"{prefix_of_ports(self.path)}{port}")
         except (OSError, UsageError) as error:
             log.debug("port %d: %s", port, error)
             return None
@@ -572,6 +586,11 @@ class VsockDevice(DeviceModel):
                 flow.watch.want(reading=False)
         if self._flows:
             self._by(None, PAUSE_SECONDS)
+
+
+def prefix_of_ports(path: str) -> str:
+    """What the paths of all ports of the host begin with, for a device on `path`."""
+    return f"{path}_"
 
 
 class _Flow:

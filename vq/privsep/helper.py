@@ -222,7 +222,7 @@ class Helper:
             case Look(index):
                 self._tell(self._state(index, 0, 0))
             case Connect():
-                connected, fd = answer(self._connector.paths, message)
+                connected, fd = answer(self._connector, message)
                 self._channels[1].send(connected, fd)
             case Ready():
                 if self._on_ready is not None:

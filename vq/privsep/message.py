@@ -5,14 +5,17 @@ message is one structure in native byte order::
 
     u16 kind, u16 tap, u32 generation, u32 offloads, u32 mtu, u16 error, u16 flags
 
-and a `Connected` carries the words of its error behind it. What does not apply is 0. The worker may
-be in a guest's hands: whatever comes from it is checked here and refused with `MessageError`.
+and a `Connected` carries the words of its error behind it. What does not apply is 0. In `Connect`
+and `Connected` the second half word is a place among the sockets named at the start; with a flag it
+is one among the families of sockets, and where the generation stands elsewhere is a number in that
+family. The worker may be in a guest's hands: whatever comes from it is checked here, and refused
+with `MessageError`.
 
 ====================  =================  ===========================================================
 `SetOffloads`         worker to helper   let this tap leave this undone; answered by `TapState`
 `Look`                worker to helper   how is this tap? answered by `TapState`
 `Ready`               worker to helper   guests are served from now on
-`Connect`             worker to helper   a connection to the socket of this number, please
+`Connect`             worker to helper   a connection to the socket of this place, please
 `TapState`            helper to worker   what holds for a tap now
 `Connected`           helper to worker   the connection, as a descriptor beside it, or the error
 ====================  =================  ===========================================================
@@ -53,6 +56,8 @@ if _LAYOUT.size != 20:
     raise ImportError("a message between helper and worker is not 20 bytes on this machine")
 
 _UP = 1
+_NUMBERED = 2
+_FLAGS = _UP | _NUMBERED
 
 
 class _Kind(enum.IntEnum):
@@ -87,9 +92,12 @@ class Ready(NamedTuple):
 
 
 class Connect(NamedTuple):
-    """A connection to the socket of this number, among those named at the start."""
+    """A connection to one of the sockets named at the start."""
 
     place: int
+    """Which of them; with a `number` which of the families."""
+    number: int | None = None
+    """Which of a family's sockets."""
 
 
 class TapState(NamedTuple):
@@ -113,6 +121,7 @@ class Connected(NamedTuple):
     place: int
     error: int
     words: str = ""
+    number: int | None = None
 
 
 Message: TypeAlias = SetOffloads | Look | Ready | Connect | TapState | Connected
@@ -127,13 +136,16 @@ def encode(message: Message) -> bytes:
             return _LAYOUT.pack(_Kind.LOOK, tap, 0, 0, 0, 0, 0)
         case Ready():
             return _LAYOUT.pack(_Kind.READY, 0, 0, 0, 0, 0, 0)
-        case Connect(place):
-            return _LAYOUT.pack(_Kind.CONNECT, place, 0, 0, 0, 0, 0)
+        case Connect(place, number):
+            flags = 0 if number is None else _NUMBERED
+            return _LAYOUT.pack(_Kind.CONNECT, place, number or 0, 0, 0, 0, flags)
         case TapState(tap, generation, error, delivers, mtu, up):
             flags = _UP if up else 0
             return _LAYOUT.pack(_Kind.TAP_STATE, tap, generation, int(delivers), mtu, error, flags)
-        case Connected(place, error, words):
-            return _LAYOUT.pack(_Kind.CONNECTED, place, 0, 0, 0, error, 0) + _short(words)
+        case Connected(place, error, words, number):
+            flags = 0 if number is None else _NUMBERED
+            head = _LAYOUT.pack(_Kind.CONNECTED, place, number or 0, 0, 0, error, flags)
+            return head + _short(words)
 
 
 def decode(data: bytes) -> Message:
@@ -147,8 +159,9 @@ def decode(data: bytes) -> Message:
     kind, index, generation, offloads, mtu, error, flags = _LAYOUT.unpack_from(data)
     if offloads & ~int(ALL):
         raise MessageError(f"offloads {offloads:#x}, which are none")
-    if flags & ~_UP:
+    if flags & ~_FLAGS:
         raise MessageError(f"flags {flags:#x}")
+    number = generation if flags & _NUMBERED else None
     words = data[_LAYOUT.size :]
     message: Message
     match kind:
@@ -159,11 +172,12 @@ def decode(data: bytes) -> Message:
         case _Kind.READY:
             message = Ready()
         case _Kind.CONNECT:
-            message = Connect(index)
+            message = Connect(index, number)
         case _Kind.TAP_STATE:
-            message = TapState(index, generation, error, Offload(offloads), mtu, bool(flags))
+            up = bool(flags & _UP)
+            message = TapState(index, generation, error, Offload(offloads), mtu, up)
         case _Kind.CONNECTED:
-            message = Connected(index, error, words.decode(errors="replace"))
+            message = Connected(index, error, words.decode(errors="replace"), number)
         case _:
             raise MessageError(f"a message of kind {kind}")
     if len(data) > MAX_SIZE or encode(message) != data:

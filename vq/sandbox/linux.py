@@ -1,10 +1,11 @@
 """Linux: no files, no network, no privileges, and only the system calls that are listed.
 
 Each module of vq lists the system calls that it makes while guests are served, as `SYSTEM_CALLS`
-beside the code; what Python and the C library need themselves is listed here. The filter allows
-what the modules that are loaded list, and kills the process for anything else: a call that nobody
-listed is a fault or an attack. Calls that would look for files fail instead, so that a traceback
-that wants to show a line of source is only shorter.
+beside the code, and the requests that it makes with ioctl(2), as `IOCTLS`; what Python and the C
+library need themselves is listed here. The filter allows what the modules that are loaded list, and
+kills the process for anything else: a call that nobody listed is a fault or an attack. Calls that
+would look for files fail instead, so that a traceback that wants to show a line of source is only
+shorter.
 
 Sources: capabilities(7), landlock(7), namespaces(7), seccomp(2), PR_SET_NO_NEW_PRIVS(2const).
 """
@@ -14,12 +15,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import platform
-import sys
 from collections.abc import Collection
 
 from vq.sandbox import capabilities, landlock, namespaces
 from vq.sandbox.libc import Libc
-from vq.sandbox.policy import Confinement, Policy
+from vq.sandbox.policy import Confinement, Policy, listed
 from vq.sandbox.seccomp import (
     INSTRUCTION,
     SECCOMP_RET_KILL_PROCESS,
@@ -33,14 +33,20 @@ from vq.sandbox.seccomp import (
 from vq.sandbox.user import become
 from vq.system_calls import number_of
 
-__all__ = ["confine", "facilities", "filter_for", "keep_helper_privileges", "listed_calls"]
+__all__ = [
+    "confine",
+    "facilities",
+    "filter_for",
+    "keep_helper_privileges",
+    "listed_calls",
+    "listed_ioctls",
+]
 
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
 SECCOMP_GET_ACTION_AVAIL = 2
-FIONBIO, FIOCLEX = 0x5421, 0x5451
 PROT_EXEC = 4
 AT_EMPTY_PATH = 0x1000
 AF_UNIX = 1
@@ -58,6 +64,9 @@ SYSTEM_CALLS = (
     *("exit", "exit_group", "getpid", "getrandom", "gettid"),
 )
 """What the interpreter and the C library make."""
+
+IOCTLS = (0x5421, 0x5451)
+"""FIONBIO and FIOCLEX, which the interpreter makes."""
 
 REFUSED = (
     *("access", "faccessat", "faccessat2", "getcwd", "getdents64", "lstat", "newfstatat", "open"),
@@ -108,8 +117,8 @@ def keep_helper_privileges(*, again: bool, libc: Libc | None = None) -> None:
     """In a helper that is root: keeps the capabilities that it may need, and no others.
 
     They are for the taps, also those that are moved to another network namespace, for ending a
-    worker of another user, and for removing sockets from a user's directory; with `again` also for
-    starting another worker.
+    worker of another user, and for sockets in a user's directory, to connect to and to remove; with
+    `again` also for starting another worker.
     """
     libc = libc or Libc()
     kept = {
@@ -141,12 +150,12 @@ def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
 
 def listed_calls() -> list[str]:
     """The names of all calls that the modules which are loaded list, in no particular order."""
-    names = dict.fromkeys(SYSTEM_CALLS)
-    for name, module in sorted(sys.modules.items()):
-        listed = getattr(module, "SYSTEM_CALLS", None)
-        if name != __name__ and isinstance(listed, tuple):
-            names |= dict.fromkeys(listed)
-    return list(names)
+    return list(dict.fromkeys((*SYSTEM_CALLS, *listed("SYSTEM_CALLS"))))
+
+
+def listed_ioctls() -> list[int]:
+    """The requests of ioctl(2) that they list."""
+    return list(dict.fromkeys((*IOCTLS, *listed("IOCTLS"))))
 
 
 def filter_for(policy: Policy, machine: str) -> bytes:
@@ -158,7 +167,7 @@ def filter_for(policy: Policy, machine: str) -> bytes:
         if number is None or name in UNKNOWN:
             continue
         if name == "ioctl":
-            requests = (FIONBIO, FIOCLEX, *policy.ioctls)
+            requests = dict.fromkeys((*listed_ioctls(), *policy.ioctls))
             allowed += [Call(number, (Is(1, request),)) for request in requests]
         else:
             allowed.append(Call(number, CONDITIONS.get(name, ())))

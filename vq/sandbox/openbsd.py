@@ -2,17 +2,18 @@
 
 A pledged process is killed when it makes a system call that it did not promise to make no other
 than. "stdio" has reading, writing, waiting, and memory; "recvfd" and "sendfd" are for descriptors
-in vhost-user's messages; "unix" is for the sockets that frontends connect to. TUNSCAP is in none of
-them: a tap's offloads are the helper's.
+in vhost-user's messages; "unix" is for the sockets that frontends connect to. A module that needs
+another one lists it as `PROMISES` beside the code: "tty" for what is asked of terminals. TUNSCAP is
+in none of them: a tap's offloads are the helper's.
 """
 
 from __future__ import annotations
 
 from vq.sandbox.libc import Libc
-from vq.sandbox.policy import Confinement, Policy
+from vq.sandbox.policy import Confinement, Policy, listed
 from vq.sandbox.user import become
 
-__all__ = ["PROMISES", "confine", "facilities"]
+__all__ = ["PROMISES", "confine", "facilities", "promises"]
 
 PROMISES = ("stdio", "recvfd", "sendfd", "unix")
 
@@ -35,6 +36,11 @@ def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
     return {name: libc.has(name) for name in ("pledge", "unveil")}
 
 
+def promises() -> list[str]:
+    """What a worker promises to make no other use of the system than."""
+    return list(dict.fromkeys((*PROMISES, *listed("PROMISES"))))
+
+
 def _unveil(libc: Libc) -> str:
     libc.call("unveil", b"/", b"")
     libc.call("unveil", None, None)
@@ -42,6 +48,6 @@ def _unveil(libc: Libc) -> str:
 
 
 def _pledge(libc: Libc) -> str:
-    promises = " ".join(PROMISES)
-    libc.call("pledge", promises.encode(), None)
-    return f"pledged {promises}"
+    words = " ".join(promises())
+    libc.call("pledge", words.encode(), None)
+    return f"pledged {words}"

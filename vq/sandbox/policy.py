@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from vq.errors import in_words
 from vq.sandbox.user import User
 
-__all__ = ["Confinement", "Policy", "Step"]
+__all__ = ["Confinement", "Policy", "Step", "listed"]
 
 Step = Callable[[], str]
 """Takes one facility up; says in a few words what is held. `OSError` where it cannot be had."""
@@ -21,7 +23,7 @@ class Policy:
     user: User | None = None
     """Who it becomes; None to stay who it is."""
     ioctls: tuple[int, ...] = ()
-    """Requests that it makes of its descriptors, beside those of the runtime."""
+    """Requests that it makes of its descriptors, beside those that modules list."""
     data_fds: tuple[int, ...] = ()
     """Descriptors of which it only reads and writes data, and waits for it."""
 
@@ -44,3 +46,13 @@ class Confinement:
 
     def __str__(self) -> str:
         return "; ".join(self.held.values()) or "nothing"
+
+
+def listed(kind: str) -> list[Any]:
+    """What the modules that are loaded list under this name, each thing once."""
+    found: dict[Any, None] = {}
+    for _, module in sorted(sys.modules.items()):
+        names = getattr(module, kind, None)
+        if isinstance(names, tuple):
+            found |= dict.fromkeys(names)
+    return list(found)

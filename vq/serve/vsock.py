@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 from vq.device import Device
-from vq.devices.vsock import VsockDevice
+from vq.devices.vsock import VsockDevice, prefix_of_ports
 from vq.options import positive
 from vq.serve.kind import Kind
 
@@ -43,6 +43,9 @@ class VsockKind(Kind):
 
     def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
         """See `Kind`."""
-        device = VsockDevice(args.cid, args.uds, connections=args.connections)
+        self.connector.name_family(prefix_of_ports(args.uds))
+        device = VsockDevice(
+            args.cid, args.uds, connections=args.connections, connect=self.connector.connect
+        )
         stack.callback(device.close)
         return [device]
