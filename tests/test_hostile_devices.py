@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from block_guest import DISCARD, FLUSH, IN, OK, OUT, SECTOR, WRITE_ZEROES
 
 from vq.devices.block import BlockDevice
 from vq.devices.block_image import Image
 from vq.devices.entropy import EntropyDevice
-from vq.testing.hostile import Case, Desc, Stage, hostile_driver_battery
-from vq.testing.hostile_cases import W
+from vq.model import DeviceModel
+from vq.request import Request
+from vq.testing import wiring
+from vq.testing.hostile import Case, Desc, DeviceBroke, Stage, hostile_driver_battery, run_case
+from vq.testing.hostile_cases import CASES, W
 from vq.testing.wiring import Wired
 
 
@@ -75,3 +83,86 @@ OWN = [
 
 test_block_device = hostile_driver_battery(make_disk, use_disk, more=OWN)
 test_entropy_device = hostile_driver_battery(EntropyDevice, draw)
+
+
+# --- devices that finish later -------------------------------------------------------------------
+
+
+class Later(DeviceModel):
+    """Echoes, well after the handler has returned: in threads and in coroutines."""
+
+    device_id = 42
+
+    def __init__(self) -> None:
+        super().__init__(
+            queues=[("threads", 16, self.in_threads), ("coroutines", 16, self.one)],
+        )
+        self.executor = ThreadPoolExecutor(2)
+
+    def in_threads(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.run_in(self.executor, self.work, request)
+
+    def work(self, request: Request) -> None:
+        time.sleep(0.01)
+        self.answer(request)
+
+    async def one(self, request: Request) -> None:
+        await asyncio.sleep(0.01)
+        self.answer(request)
+
+    def answer(self, request: Request) -> None:
+        request.writer.write(request.reader.read()[: request.writer.remaining])
+
+    def close(self) -> None:
+        super().close()
+        self.executor.shutdown()
+
+
+def echo_later(wired: Wired) -> None:
+    assert wired.request(0, b"abc", 5) == b"abc"
+    assert wired.request(1, b"abc", 5) == b"abc"
+
+
+# Those that fill a queue, and those that take buffers back.
+LATE = (
+    "2.4: after a reset the buffers",
+    "2.6.1: buffers of a queue",
+    "2.7.4.1: nothing is assumed about how a message is cut (16 of",
+    "2.7.5.2: a chain takes as many",
+)
+LATE_CASES = [case for case in CASES if case.name.startswith(LATE)]
+
+test_device_that_finishes_later = hostile_driver_battery(
+    Later, echo_later, cases=LATE_CASES, vias=("direct", "vhost-user")
+)
+
+
+def test_what_an_exchange_has_lent_may_be_written_after_it_has_failed() -> None:
+    """It was told as a write to what was lent to nobody, when the device was late."""
+
+    def give_up(wired: Wired) -> None:
+        start = wired.driver.allocator.allocate(128)
+        wired.driver.queues[0].add([(start, 64)], [(start + 64, 64)])
+        wired.driver.kick(0)
+        raise ValueError("no patience")
+
+    with pytest.raises(DeviceBroke, match=r"queue 0 \(threads\): .*no patience"):
+        run_case(Case("2.0: nothing", Stage.up), Later, give_up)
+
+
+def test_a_device_whose_work_does_not_end_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck(Later):
+        drain_seconds = 0.05
+
+        async def one(self, request: Request) -> None:
+            await asyncio.sleep(60)
+
+    def send(stage: Stage) -> None:
+        stage.up()
+        stage.chain(Desc(stage.buffer(), 64))
+        stage.kick()
+
+    monkeypatch.setattr(wiring, "PATIENCE", 0.1)
+    with pytest.raises(DeviceBroke, match=r"queue 1 \(coroutines\): .*still works on requests"):
+        run_case(Case("2.0: a request", send), Stuck, queue=1)

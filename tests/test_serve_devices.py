@@ -328,6 +328,9 @@ def test_entropy_passes_the_tests_for_random_numbers(serve: Serve, plug: Plug) -
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ownmodel.py").write_text(OWN_DEVICE)
+    (tmp_path / "broken.py").write_text("x = 1\nclass Upper(:\n")
+    (tmp_path / "unlucky.py").write_text("{}['colour']\n")
+    (tmp_path / "unhappy.py").write_text("import sys\nsys.colour\n")
     monkeypatch.chdir(tmp_path)
 
 
@@ -355,6 +358,10 @@ def test_anybodys_model_is_served(serve: Serve, plug: Plug) -> None:
     [
         (["nomodel:Upper"], "nomodel cannot be imported: No module named 'nomodel'"),
         (["ownmodel:Lower"], "ownmodel has no Lower"),
+        (["ownmodel.py:Upper"], "name the module and not its file, as in ownmodel:Upper"),
+        (["broken:Upper"], "broken.py, line 2: "),
+        (["unlucky:Upper"], "unlucky cannot be imported: KeyError: 'colour'"),
+        (["unhappy:Upper"], "unhappy cannot be imported: AttributeError: "),
         (["ownmodel:"], "ownmodel has no name behind the colon"),
         (["ownmodel:number"], "ownmodel:number is no class or function"),
         (["ownmodel:len"], "ownmodel has no len"),

@@ -20,9 +20,11 @@ from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver
 from vq.testing import wiring
+from vq.testing.guest import GuestError, check_uml_drives
 from vq.testing.namespaces import Namespace
 from vq.testing.plugin import vq_via
-from vq.testing.served import ServedDevices, ServeProcess
+from vq.testing.requirements import MissingRequirement, or_skip
+from vq.testing.served import ServedDevices, ServeProcess, guest_with
 from vq.testing.wiring import WIRES, Wired
 
 Wire = Callable[..., Wired]
@@ -128,12 +130,34 @@ def test_a_device_that_needs_a_reset_is_an_error_with_its_reason(vq_wire: Wire) 
 
 def test_a_real_guest_has_the_device(vq_guest: Callable[..., Any]) -> None:
     device = NetDevice(LoopbackLink())
-    guest = vq_guest(device, Entropy())
+    guest = vq_guest(device, Entropy(), undriven=True)
     ids = guest.output("cat /sys/bus/virtio/devices/*/device").split()
     assert sorted(int(text, 16) for text in ids) == [DeviceId.NET, DeviceId.ENTROPY]
     guest.output("ip link set eth0 up && ip addr add 192.0.2.1/24 dev eth0")
     guest.run("ping -c 1 -W 1 192.0.2.9")  # an ARP request, which comes back
     assert device.stats["tx_frames"] > 0
+
+
+def test_a_guest_that_has_no_driver_for_a_device_is_not_booted() -> None:
+    """It was, quietly; and its /dev/hwrng, which is User-Mode Linux's own, looked like success."""
+    with or_skip():
+        check_uml_drives([DeviceId.NET, DeviceId.BLOCK, DeviceId.CONSOLE, DeviceId.VSOCK])
+    with pytest.raises(MissingRequirement, match="no driver for devices of type 4"):
+        check_uml_drives([DeviceId.NET, DeviceId.ENTROPY])
+    with pytest.raises(MissingRequirement), guest_with(Entropy()):
+        pass
+
+
+def test_a_guests_failed_command_says_what_its_device_suffers_from(
+    vq_guest: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = NetDevice(LoopbackLink())
+    guest = vq_guest(device)
+    with pytest.raises(GuestError, match=r"ended with 3: no$"):
+        guest.output("echo no; exit 3")
+    monkeypatch.setattr(device, "fault", KeyError("colour"))
+    with pytest.raises(GuestError, match=r"no; NetDevice needs a reset: KeyError: 'colour'$"):
+        guest.output("echo no; exit 3")
 
 
 def test_devices_are_looked_into_from_the_test_in_their_own_thread(tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ def submit(
             outcome.set_result(None)
 
     tasks: list[asyncio.Task[None]] = []
-    loop.call_soon_threadsafe(lambda: tasks.append(begin()))
+    try:
+        loop.call_soon_threadsafe(lambda: tasks.append(begin()))
+    except RuntimeError:  # the loop is closed
+        coroutine.close()
+        raise
 
     def cancel() -> None:
         loop.call_soon_threadsafe(lambda: tasks[0].cancel())

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
+from vq.declarations import check_needs
 from vq.errors import DriverError, UsageError, VqError
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
@@ -172,6 +173,11 @@ class Device(ABC):
         config: ctypes.Structure | None = None,
         memory: GuestMemory | None = None,
     ) -> None:
+        if not isinstance(getattr(self, "device_id", None), int):
+            raise UsageError(
+                f"{type(self).__name__} has no device_id: the number of its type (virtio 1.3, 5)"
+            )
+        check_needs(self.feature_needs, self.feature_bits)
         self._offered = with_needs_met(features, self.feature_needs)
         if not self._offered >> Feature.VERSION_1 & 1:
             raise UsageError("a device offers VERSION_1: legacy drivers are not served")
@@ -250,7 +256,7 @@ class Device(ABC):
             return
         self._status |= int(new) & ~int(Status.NEEDS_RESET)
         if new & Status.FEATURES_OK:
-            names = feature_names(self._driver_features, self.feature_bits)
+            names = self._names(self._driver_features)
             log.info("%s: negotiated %s", type(self).__name__, ", ".join(names))
             self._run("features_negotiated", self.features_negotiated, self._driver_features)
         if new & Status.DRIVER_OK:
@@ -430,6 +436,13 @@ class Device(ABC):
     def close(self) -> None:
         """Gives back what the device holds of the host's. Closing twice is allowed."""
 
+    def settle(self, timeout: float = 10.0) -> bool:
+        """Waits until nobody but the device's own thread works on requests; for tests.
+
+        False when that takes longer than `timeout` seconds. Here all is done in one thread.
+        """
+        return True
+
     def has_feature(self, bit: int) -> bool:
         """Whether a feature was negotiated. False before FEATURES_OK."""
         return bool(self._status & Status.FEATURES_OK and self._driver_features >> bit & 1)
@@ -466,15 +479,18 @@ class Device(ABC):
     def update_config(self, **fields: object) -> None:
         """Changes fields of the configuration space and tells the driver (virtio 1.3, 2.5).
 
-        Raises `UsageError` when there is no such field.
+        Raises `UsageError`, and changes nothing, when there is no such field or a value does not
+        fit into it.
         """
         if self.config is None:
             raise UsageError("this device has no configuration space")
         for name in fields:
             if not hasattr(self.config, name):
                 raise UsageError(f"the configuration space has no {name}")
+        changed = type(self.config).from_buffer_copy(self.config)
         for name, value in fields.items():
-            setattr(self.config, name, value)
+            _set_field(changed, name, value)
+        memoryview(self.config).cast("B")[:] = bytes(changed)
         self._generation = (self._generation + 1) & 0xFFFFFFFF
         self._notify_config_change()
 
@@ -527,13 +543,16 @@ class Device(ABC):
         features = self._driver_features
         surplus = features & ~self._offered
         if surplus:
-            return f"feature bits {list(bits(surplus))} were not offered"
+            return f"{', '.join(self._names(surplus))} were accepted, but not offered"
         if not features >> Feature.VERSION_1 & 1:
             return "VERSION_1 was not accepted"
         unmet = features & ~with_needs_met(features, self.feature_needs)
         if unmet:
-            return f"feature bits {list(bits(unmet))} need others that were not accepted"
+            return f"{', '.join(self._names(unmet))} need others that were not accepted"
         return None
+
+    def _names(self, features: int) -> list[str]:
+        return feature_names(features, self.feature_bits)
 
     def _driver_broke(self, error: DriverError) -> None:
         log.warning("driver error: %s", str(error))  # not kept alive by a log record
@@ -551,3 +570,13 @@ class Device(ABC):
     def _notify_config_change(self) -> None:
         if self._status & Status.DRIVER_OK and self.on_config_change is not None:
             self.on_config_change()
+
+
+def _set_field(structure: ctypes.Structure, name: str, value: object) -> None:
+    """Sets a field; ctypes itself would cut a number that is too large (`UsageError` here)."""
+    try:
+        setattr(structure, name, value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{value!r} is no value for {name}: {error}") from None
+    if isinstance(value, int) and getattr(structure, name) != value:
+        raise UsageError(f"{name} has no room for {value}")

@@ -825,6 +825,10 @@ class Driver:
                 return data
         raise DeviceError("the configuration space does not hold still", section="2.5.1")
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Writes to the configuration space; a device may ignore it (virtio 1.3, 2.5.2)."""
+        self.transport.write_config(offset, data)
+
     def reset_queue(self, index: int) -> list[Any]:
         """Resets one queue and frees its ring; returns the tokens of what was in flight.
 

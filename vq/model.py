@@ -30,6 +30,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from vq.abi import feature_mask
+from vq.declarations import check_config, check_features, check_queues, field_places
 from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
 from vq.errors import UsageError
 from vq.log_limit import limited_logger
@@ -86,14 +87,16 @@ class DeviceModel(Device):
         config: ctypes.Structure | None = None,
         memory: GuestMemory | None = None,
     ) -> None:
+        check_queues(queues)
+        check_config(config)
         super().__init__(
-            features=ring_features | feature_mask(features),
+            features=ring_features | feature_mask(check_features(features)),
             queues=[(name, size) for name, size, _ in queues],
             config=config,
             memory=memory,
         )
         self._handlers = [self._as_burst_handler(handler) for _, _, handler in queues]
-        self._writable = {name: _place(config, name) for name in self.config_writable}
+        self._writable = field_places(config, self.config_writable, "config_writable")
         self._held: list[dict[int, Request]] = [{} for _ in queues]  # taken, by head, oldest first
         self._taken = [0 for _ in queues]  # how many requests were taken from each queue's ring
         self._working: int | None = None  # the thread that works on the queues now
@@ -132,7 +135,12 @@ class DeviceModel(Device):
 
         `work` may complete the request earlier itself. What it raises makes the device need a
         reset. A reset waits for work that has begun (`drain_seconds`) and cancels the other.
+        Raises `UsageError` when `work` is a coroutine function.
         """
+        if _makes_coroutines(work):
+            raise UsageError(
+                f"run_in takes a function, and {_name(work)} makes coroutines: run_async runs one"
+            )
         future = executor.submit(work, request)
         self._follow(future, future.cancel, request)
 
@@ -141,8 +149,15 @@ class DeviceModel(Device):
     ) -> None:
         """The same by a coroutine, on an asyncio loop that runs in another thread than the device.
 
-        By default that is a thread of the device's own, which `close` ends.
+        By default that is a thread of the device's own, which `close` ends. A reset cancels the
+        coroutine: threads that it has begun itself (`asyncio.to_thread`) must not have the
+        request's buffers, since nobody waits for them. Raises `UsageError` when it is no coroutine,
+        but the function that makes one.
         """
+        if not isinstance(coroutine, Coroutine):
+            raise UsageError(
+                f"run_async takes a coroutine, so {_name(coroutine)}(request), not {coroutine!r}"
+            )
         from vq.asyncio_thread import AsyncioThread, submit
 
         if loop is None:
@@ -223,8 +238,8 @@ class DeviceModel(Device):
                 return
             ring.disable_kicks()
             requests = self._take(queue, ring, BURST)
-            if requests:
-                handler(requests)
+            if requests and (result := handler(requests)) is not None:
+                _refuse_coroutine(f"the handler of {queue.name}", result)
             more = bool(requests) or ring.enable_kicks()
 
         self._in_turn(step, queue.name)
@@ -280,15 +295,15 @@ class DeviceModel(Device):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _as_burst_handler(self, handler: Handler | AsyncHandler | None) -> Handler | None:
-        from inspect import iscoroutinefunction
-
-        if not iscoroutinefunction(handler):
+    def _as_burst_handler(
+        self, handler: Handler | AsyncHandler | None
+    ) -> Callable[[Sequence[Request]], object] | None:
+        if not _makes_coroutines(handler):
             return cast("Handler | None", handler)
 
         def start(requests: Sequence[Request]) -> None:
             for request in requests:
-                self.run_async(handler(request), request)
+                self.run_async(cast("AsyncHandler", handler)(request), request)
 
         return start
 
@@ -368,6 +383,11 @@ class DeviceModel(Device):
     def _work_ended(self, future: Future[None], request: Request) -> None:
         """In whatever thread."""
         error = None if future.cancelled() else future.exception()
+        if error is None and not future.cancelled():
+            try:
+                _refuse_coroutine("the work in an executor", future.result())
+            except UsageError as misuse:
+                error = misuse
         if error is not None and not isinstance(error, RequestGone):
             self._failures.append(error)
             self._wake()
@@ -401,13 +421,22 @@ class DeviceModel(Device):
             request.drop()
 
 
+def _makes_coroutines(function: object) -> bool:
+    from inspect import iscoroutinefunction
+
+    return iscoroutinefunction(function)
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
 def _raise(error: BaseException) -> None:
     raise error
 
 
-def _place(config: ctypes.Structure | None, name: str) -> tuple[int, int]:
-    """Where a field stands in the configuration space: its first byte, and the one behind it."""
-    field = getattr(type(config), name, None)
-    if config is None or field is None:
-        raise UsageError(f"the configuration space has no {name}")
-    return field.offset, field.offset + field.size
+def _refuse_coroutine(what: str, result: object) -> None:
+    """A coroutine that nobody awaits does nothing, and its request would be lost."""
+    if isinstance(result, Coroutine):
+        result.close()
+        raise UsageError(f"{what} gives a coroutine, which nobody runs: see DeviceModel.run_async")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 from vq.device import Device
-from vq.errors import UsageError
+from vq.errors import UsageError, in_words
 from vq.serve.kind import Kind
 
 __all__ = ["CustomKind"]
@@ -40,14 +40,23 @@ class CustomKind(Kind):
     def __init__(self, word: str) -> None:
         super().__init__()
         module_name, _, name = word.partition(":")
+        if module_name.endswith(".py") or "/" in module_name:
+            hint = os.path.splitext(os.path.basename(module_name))[0]
+            raise UsageError(f"{word}: name the module and not its file, as in {hint}:{name}")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
             self._make = getattr(importlib.import_module(module_name), name)
         except (ImportError, ValueError) as error:
             raise UsageError(f"{module_name} cannot be imported: {error}") from error
-        except AttributeError:
+        except AttributeError as error:
+            if module_name not in sys.modules:  # its own code has raised that
+                raise UsageError(f"{module_name} cannot be imported: {in_words(error)}") from error
             raise UsageError(f"{module_name} has no {name or 'name behind the colon'}") from None
+        except SyntaxError as error:
+            raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+        except Exception as error:
+            raise UsageError(f"{module_name} cannot be imported: {in_words(error)}") from error
         if not callable(self._make):
             raise UsageError(f"{word} is no class or function")
         self._word = word

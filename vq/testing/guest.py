@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vq.abi import DeviceId
 from vq.errors import VqError
 from vq.testing.contained import ContainedProcess, ContainedService, inheritable_copy
 from vq.testing.debian_kernel import find_kernel
@@ -39,7 +38,7 @@ from vq.testing.initramfs import shell_initramfs
 from vq.testing.plain_fpu import with_plain_fpu
 from vq.testing.requirements import MissingRequirement, find_program
 
-__all__ = ["Guest", "GuestError", "QemuGuest", "Result", "UmlGuest"]
+__all__ = ["Guest", "GuestError", "QemuGuest", "Result", "UmlGuest", "check_uml_drives"]
 
 PROGRAMS = {
     # busybox's own shell would take its applets instead of the programs below.
@@ -53,14 +52,6 @@ PROGRAMS = {
 
 MODULES = ("8021q",)
 """Kernel modules that ``modprobe`` finds in every guest, beside those loaded at the start."""
-
-DRIVERS = {
-    DeviceId.NET: ("virtio_net", "ipv6"),
-    DeviceId.BLOCK: ("virtio_blk",),
-    DeviceId.CONSOLE: ("virtio_console",),
-    DeviceId.VSOCK: ("vmw_vsock_virtio_transport",),
-}
-"""Modules of User-Mode Linux that drive a type of device; it has none for other types."""
 
 _COMPLAINT = re.compile(
     r"BUG:|WARNING:|Call Trace|Kernel panic|is not a head|Oops|NETDEV WATCHDOG|soft lockup"
@@ -89,6 +80,8 @@ class Guest(ContainedService, ABC):
 
     def __init__(self, kind: str, *, boot_timeout: float, lifetime: float) -> None:
         super().__init__(kind, prefix="vq-guest-", log="console.log")
+        self.more_of_errors: Callable[[], str] = lambda: ""
+        """What a command's failure says on top: whoever serves the guest's devices may know why."""
         self._shell: _Shell | None = None
         started = time.monotonic()
         try:
@@ -132,7 +125,10 @@ class Guest(ContainedService, ABC):
         """What a command writes; raises `GuestError` when its exit status is not 0."""
         result = self.run(command, timeout=timeout)
         if result.status:
-            raise GuestError(f"{command!r} ended with {result.status}: {result.output.strip()}")
+            raise GuestError(
+                f"{command!r} ended with {result.status}: {result.output.strip()}"
+                + self.more_of_errors()
+            )
         return result.output
 
     def kernel_log(self) -> str:
@@ -175,10 +171,12 @@ class UmlGuest(Guest):
     ) -> None:
         self._linux = find_program("linux.uml", package="user-mode-linux")
         release, modules = _uml_modules()
+        drivers = _uml_drivers()
+        driving = [drivers[kind] for _, kind in devices if kind in drivers]
         self._initrd = shell_initramfs(
             release=release,
             modules_from=modules,
-            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *_drivers_of(devices), *load])),
+            load=tuple(dict.fromkeys([*("virtio_net", "ipv6"), *driving, *load])),
             modules=MODULES,
             programs=_guest_programs(programs),
             console=("tty1", 4, 1),
@@ -359,11 +357,6 @@ class QemuGuest(Guest):
         return answer["return"]
 
 
-def _drivers_of(devices: Sequence[tuple[str | Path, int]]) -> list[str]:
-    known: dict[int, tuple[str, ...]] = {int(kind): names for kind, names in DRIVERS.items()}
-    return [name for _, kind in devices for name in known.get(kind, ())]
-
-
 def _guest_programs(more: Mapping[str, str]) -> dict[str, str]:
     wanted = {**PROGRAMS, **more}
     return {name: find_program(name, package=package) for name, package in wanted.items()}
@@ -375,6 +368,24 @@ def _uml_modules() -> tuple[str, Path]:
     if not found:
         raise MissingRequirement("needs the modules of User-Mode Linux in /usr/lib/uml/modules")
     return found[-1].parent.name, found[-1].parent
+
+
+def check_uml_drives(kinds: Iterable[int]) -> None:
+    """Raises `MissingRequirement` unless User-Mode Linux has a driver for each type of device."""
+    drivers = _uml_drivers()
+    for kind in kinds:
+        if kind not in drivers:
+            raise MissingRequirement(
+                f"User-Mode Linux has no driver for devices of type {int(kind)}: nothing would use"
+                " the device there (undriven=True boots all the same; QemuGuest has other drivers)"
+            )
+
+
+def _uml_drivers() -> dict[int, str]:
+    """For each type of device the module of User-Mode Linux that drives it; none is built in."""
+    aliases = (_uml_modules()[1] / "modules.alias").read_text()
+    found = re.findall(r"^alias virtio:d(\w{8})v\S* (\S+)", aliases, re.M)
+    return {int(kind, 16): module for kind, module in found}
 
 
 class _Shell:

@@ -15,8 +15,10 @@ device, on each of its queues. It fails when
 * the device neither works on nor says that it needs a reset;
 * the device does not work after a reset, or for the next driver.
 
-A device that hangs is for pytest's own time limit to find. Cases of a device's own are written as
-these are, with `Case`, and handed to the battery as well. `run_case` plays one without pytest.
+Where a device does its work later, in threads or coroutines, the battery waits for that before it
+judges (`Device.settle`). A device that hangs is for pytest's own time limit to find. Cases of a
+device's own are written as these are, with `Case`, and handed to the battery as well. `run_case`
+plays one without pytest.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from vq.driver import DeviceError, DriverRing, GuestBuffer
 from vq.driver_mmio import MmioTransport
 from vq.driver_pci import PciTransport
 from vq.driver_registers import Window
-from vq.errors import AddressError, DriverError, UsageError, VqError
+from vq.errors import AddressError, DriverError, UsageError, VqError, in_words
 from vq.memory import GuestMemory
 from vq.testing.wiring import Wired, wire
 
@@ -335,7 +337,8 @@ class Stage:
     def settle(self) -> None:
         """What is under way comes to rest; the driver collects what was used."""
         before = self._snapshot()
-        self.wired.turn(8)
+        if not self.wired.settle():
+            raise DeviceBroke("the device still works on requests when its time is over")
         self._compare(before)
         self._check_model()
         if not self._has_books:
@@ -406,6 +409,11 @@ def run_case(
         # And the next driver knows nothing of it.
         with _staged(device, via) as wired:
             _bring_up_and_exercise(wired, exercise, "for the next driver")
+    except DeviceBroke as error:
+        if not device.queues:
+            raise
+        attacked = device.queues[queue]
+        raise DeviceBroke(f"attacked on queue {queue} ({attacked.name}): {error}") from error
     finally:
         device.close()
     return True
@@ -435,6 +443,9 @@ def _check_after(case: Case, stage: Stage, exercise: Exercise | None) -> None:
         try:
             _exercise(wired, exercise, _AT_ONCE)
         except DeviceBroke:
+            # What the exchange has lent is not known here: nothing of it may be under way when the
+            # watch goes on.
+            wired.settle()
             stage.settle()
             if not stage.needs_reset:  # a bad chain may be found only when its turn comes
                 raise
@@ -447,7 +458,10 @@ def _bring_up_and_exercise(wired: Wired, exercise: Exercise | None, when: str) -
     except VqError as error:
         raise DeviceBroke(f"the device does not come up {when}: {error}") from error
     if wired.transport.status & Status.NEEDS_RESET:
-        raise DeviceBroke(f"the device needs a reset {when}: {wired.device.fault}")
+        fault = wired.device.fault
+        raise DeviceBroke(
+            f"the device needs a reset {when}: {in_words(fault) if fault else 'why?'}"
+        )
     if exercise is not None:
         _exercise(wired, exercise, when)
 

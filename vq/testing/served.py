@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from vq.device import Device
+from vq.errors import in_words
 from vq.loop import Loop
 from vq.testing.contained import ContainedProcess
-from vq.testing.guest import Guest, UmlGuest
+from vq.testing.guest import Guest, UmlGuest, check_uml_drives
 from vq.testing.namespaces import Namespace, bad_checksums
 from vq.vhost_user import Server
 
@@ -117,18 +118,32 @@ class ServedDevices:
 
 
 @contextmanager
-def guest_with(*devices: Device, **options: Any) -> Iterator[UmlGuest]:
+def guest_with(*devices: Device, undriven: bool = False, **options: Any) -> Iterator[UmlGuest]:
     """A User-Mode Linux guest that has `devices`, which a thread of this process serves.
 
-    `options` are those of `UmlGuest`. Raises `MissingRequirement` where it is not installed.
+    `options` are those of `UmlGuest`. Raises `MissingRequirement` where it is not installed, or has
+    no driver for a device, unless `undriven` says that it may boot without. A `GuestError` names
+    the fault of a device that needs a reset.
     """
+    if not undriven:
+        check_uml_drives(device.device_id for device in devices)
+
+    def faults() -> str:
+        return "".join(
+            f"; {type(device).__name__} needs a reset: {in_words(device.fault)}"
+            for device in devices
+            if device.fault is not None
+        )
+
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vq-served-")))
         served = stack.enter_context(ServedDevices(devices, directory))
         sockets = [
             (path, device.device_id) for path, device in zip(served.sockets, devices, strict=True)
         ]
-        yield stack.enter_context(UmlGuest(sockets, **options))
+        guest = stack.enter_context(UmlGuest(sockets, **options))
+        guest.more_of_errors = faults
+        yield guest
 
 
 class ServeProcess:

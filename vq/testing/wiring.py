@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from vq.abi import Status
 from vq.device import Device
 from vq.driver import DeviceError, Driver, GuestBuffer, Transport
-from vq.errors import UsageError
+from vq.errors import UsageError, in_words
 from vq.loop import Loop
 from vq.memory import GuestMemory
 from vq.testing.transports import TRANSPORTS, connect
@@ -57,46 +58,102 @@ class Wired:
             self.loop.run_once(0)
             self.poll()
 
-    def wait_until(self, condition: Callable[[], object], what: str = "it") -> None:
-        """Takes turns until `condition` holds; raises `DeviceError` after five seconds."""
-        deadline = time.monotonic() + PATIENCE
+    def settle(self, timeout: float | None = None) -> bool:
+        """Waits until the device has no work under way in threads or coroutines any more.
+
+        False when that takes longer than `timeout` seconds, by default five. What it completed has
+        gone back to the driver then, on every wire.
+        """
+        deadline = time.monotonic() + (PATIENCE if timeout is None else timeout)
+        while True:
+            self.turn()
+            if not self.device.settle(max(0.0, deadline - time.monotonic())):
+                return False
+            self.turn()  # hands on what came back, and may begin with what waited for that
+            if self.device.settle(0):
+                return True
+
+    def wait_until(
+        self,
+        condition: Callable[[], object],
+        what: str = "it",
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Takes turns until `condition` holds.
+
+        Raises `DeviceError` after `timeout` seconds, by default five.
+        """
+        patience = PATIENCE if timeout is None else timeout
+        deadline = time.monotonic() + patience
         while True:
             self.turn(2)
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise DeviceError(f"{what} did not happen in {PATIENCE:g} seconds")
+                raise DeviceError(f"{what} did not happen in {patience:g} seconds")
             self.loop.run_once(0.001)
 
     def request(
-        self, queue: int, data: bytes = b"", room: int = 0, *, pieces: int | None = None
+        self,
+        queue: int,
+        data: bytes = b"",
+        room: int = 0,
+        *,
+        pieces: int | None = None,
+        timeout: float | None = None,
     ) -> bytes:
-        """Sends `data` with `room` bytes for the answer; returns what the device wrote.
+        """Sends one request on the queue of that index, and waits for its answer.
 
-        Both are cut into buffers of `pieces` bytes, by default one each. Raises `DeviceError` when
-        there is no answer in time, or the device needs a reset.
+        The device may read `data` and write `room` bytes; both are cut into buffers of `pieces`
+        bytes, by default one each. Returns what the device wrote: as many bytes as it says. Where
+        the queue is full it waits for room. The other requests that come back meanwhile are
+        collected, and forgotten.
+
+        Raises `DeviceError` when there is no answer after `timeout` seconds (by default five) or
+        the device needs a reset, and `UsageError` when the driver has not set up that queue.
         """
         driver = self.driver
+        if not driver.queues:
+            raise UsageError("the driver has set up no queues yet: call driver.probe() first")
+        if queue not in driver.queues:
+            names = ", ".join(f"{q.index} {q.name}" for q in self.device.queues)
+            raise UsageError(f"the driver has no queue {queue}; the device's are {names}")
         start = driver.allocator.allocate(max(1, len(data) + room), align=16)
         self.memory.write(start, data)
         readable = _cut(start, len(data), pieces)
         writable = _cut(start + len(data), room, pieces)
         token = object()
         ring = driver.queues[queue]
+        needed = min(len(readable) + len(writable), ring.size)  # more never fits, as `add` says
+
+        def has_room() -> bool:
+            self._check_health()
+            if ring.num_free < needed:
+                ring.collect()
+            return ring.num_free >= needed
+
+        if not has_room():
+            driver.kick(queue)
+            self.wait_until(has_room, f"room on queue {queue}", timeout=timeout)
         ring.add(readable, writable, token)
         driver.kick(queue)
         answer: list[int] = []
 
         def answered() -> bool:
-            if self.transport.status & 0x40:
-                raise DeviceError(f"the device needs a reset: {self.device.fault}")
+            self._check_health()
             answer.extend(used.written for used in ring.collect() if used.token is token)
             return bool(answer)
 
-        self.wait_until(answered, f"an answer on queue {queue}")
+        self.wait_until(answered, f"an answer on queue {queue}", timeout=timeout)
         written = self.memory.read(start + len(data), answer[0])
         driver.allocator.free(start)
         return written
+
+    def _check_health(self) -> None:
+        if self.transport.status & Status.NEEDS_RESET:
+            fault = self.device.fault
+            raise DeviceError(f"the device needs a reset: {in_words(fault) if fault else 'why?'}")
 
 
 @contextmanager
