@@ -20,10 +20,10 @@ import pytest
 from vq import stream
 from vq.abi import Feature, NetFeature, Status, feature_mask
 from vq.device import Device, Watch
-from vq.link import Frame, Link, Port, Room
+from vq.link import Frame, Link, LoopbackLink, Port, Room
 from vq.loop import Loop
 from vq.memory import GuestMemory
-from vq.net import NetDevice
+from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_driver import NetDriver, NetHeader
 from vq.offload import Offload
 from vq.pcap import read_frames
@@ -471,3 +471,18 @@ def test_queues_of_a_real_tap_that_are_detached_do_not_wake_the_loop(namespace: 
         assert guest.driver.send_burst(burst) == 3
         guest.driver.restart()
         assert guest.poller.quiet() or guest.hear()
+
+
+def test_frames_that_wait_in_this_process_are_not_the_next_guests() -> None:
+    """A frontend died while its guest's frames waited in the loopback link: the one that was
+    waiting for its turn got them.
+    """
+    link = LoopbackLink()
+    device = NetDevice(link, memory=(memory := GuestMemory.allocate(1 << 24)))
+    guest = NetDriver(device, memory)
+    link.ports[0].on_readable = None  # so that they wait
+    guest.send(b"\xff" * 6 + DEFAULT_MAC + bytes(60))
+    device.reset()
+    assert device.stats["rx_dropped: guest gone"] == 1
+    later = NetDriver(device, memory)
+    assert later.receive() == []

@@ -131,7 +131,7 @@ FORBIDDEN: dict[str, Callable[[], object]] = {
     "talk to the network": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
     "start a program": lambda: os.execv("/bin/true", ["true"]),
     "fork": os.fork,
-    "start a thread": threading.Thread(target=time.sleep, args=(0,)).start,
+    "start a thread": lambda: threading.Thread(target=time.sleep, args=(0,)).start(),
     "send a signal": lambda: os.kill(os.getppid(), 0),
     "make a directory": lambda: os.mkdir("/tmp/vq-test-forbidden"),
     "become root": lambda: os.setuid(0),

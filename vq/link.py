@@ -198,6 +198,14 @@ class Link(ABC):
     def activate_ports(self, count: int) -> None:
         """Uses the first `count` ports only; the others neither take nor give frames."""
 
+    def forget_waiting(self) -> int:
+        """The guest is gone, or begins anew: frames that wait for it in this process are dropped.
+
+        They are not the next guest's to see. What waits in the host's network stays. Returns how
+        many frames that were.
+        """
+        return 0
+
     @property
     def is_up(self) -> bool:
         """Whether the link has a carrier."""
@@ -309,11 +317,23 @@ class QueuePort(Port):
                 scatter((data,), views)
             room.commit(header, len(data))
             moved += 1
-        if moved and self._was_full:
+        if moved:
+            self._has_room()
+        return moved
+
+    def forget_waiting(self) -> int:
+        """Drops the frames that wait to be read here; returns how many."""
+        count = len(self._waiting)
+        if count:
+            self._waiting.clear()
+            self._has_room()
+        return count
+
+    def _has_room(self) -> None:
+        if self._was_full:
             self._was_full = False
             if self.peer.on_writable is not None:
                 self.peer.on_writable()
-        return moved
 
 
 class _QueueLink(Link):
@@ -326,6 +346,10 @@ class _QueueLink(Link):
     def __init__(self, name: str, ports: Sequence[QueuePort]) -> None:
         self.name = name
         self.ports = ports
+
+    def forget_waiting(self) -> int:
+        """See `Link.forget_waiting`. Who could not send before may do so again."""
+        return sum(port.forget_waiting() for port in self.ports if isinstance(port, QueuePort))
 
     def close(self) -> None:
         """Frames that still wait are dropped."""

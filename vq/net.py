@@ -249,6 +249,9 @@ class NetDevice(Device):
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
+        forgotten = self.link.forget_waiting()
+        if forgotten:
+            self.stats["rx_dropped: guest gone"] += forgotten
         self._ask_link(self.link.activate_ports, 1)
         self._ask_link(self.link.request_offloads, Offload.NONE)
 

@@ -212,6 +212,10 @@ class CaptureLink(Link):
         """Tells the link."""
         self._link.activate_ports(count)
 
+    def forget_waiting(self) -> int:
+        """Tells the link."""
+        return self._link.forget_waiting()
+
     def close(self) -> None:
         """Closes the link, and the record if this made it."""
         self._link.close()
