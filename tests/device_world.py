@@ -88,6 +88,7 @@ class DeviceWorld:
         unwatch_device(self.device, self.loop)
         self.device.close()
         self.loop.close()
+        self.memory.close()
 
     def __enter__(self) -> Self:
         return self
