@@ -46,7 +46,7 @@ def bench(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 def test_a_loopback_is_measured_beside_the_c_program(capsys: pytest.CaptureFixture[str]) -> None:
     need_program("cc", package="gcc")
-    report = bench(capsys, "loopback", "--rounds", "1", "--seconds", "0.02")
+    report = bench(capsys, "loopback", "--rounds", "1", "--seconds", "0.1")
     assert report["contestants"] == [VQ, C]
     assert [row["figure"] for row in report["figures"]] == [f.name for f in loopback.FIGURES]
     for row in report["figures"][::2]:  # in so short a time the device may have done nothing
@@ -57,7 +57,7 @@ def test_a_tap_is_measured_both_ways(capsys: pytest.CaptureFixture[str]) -> None
     need_tap()
     need_namespaces()
     need_program("cc", package="gcc")
-    report = bench(capsys, "tap", "--rounds", "1", "--seconds", "0.02")
+    report = bench(capsys, "tap", "--rounds", "1", "--seconds", "0.1")
     assert report["contestants"] == [VQ, C]
     assert [row["figure"] for row in report["figures"]] == [f.name for f in tap.FIGURES]
     for row in report["figures"][::2]:  # in so short a time the device may have done nothing
