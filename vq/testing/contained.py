@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,12 +103,12 @@ class ContainedProcess:
             self._process.wait()
 
 
-class Closing:
+class Closing(ABC):
     """What is closed at the end of a ``with``."""
 
+    @abstractmethod
     def close(self) -> None:
         """Gives everything back. Closing twice is allowed."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
