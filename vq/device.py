@@ -408,6 +408,7 @@ class Device(ABC):
         ring = queue.ring
         self._run("queue_stopping", self.queue_stopping, queue)
         next_avail = ring.next_avail
+        queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None
         queue.enabled = False
         return next_avail

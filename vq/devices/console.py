@@ -182,7 +182,7 @@ class ConsoleDevice(DeviceModel):
             last = min(port.backlog, reader.remaining)
             self.stats["unheard_bytes"] += reader.remaining - last
             reader.skip(reader.remaining - last)
-            self._keep(port, reader.read())
+            self._keep(port, reader.read(last))
             request.complete(0)
 
     def _keep(self, port: _PortState, data: bytes) -> None:
@@ -352,7 +352,7 @@ class ConsoleDevice(DeviceModel):
         if port is not None and queue.index == port.tx and port.unsent:
             first = port.unsent[0]
             if first.reader.position and first.reader.remaining <= MAX_REST:
-                port.kept += first.reader.read()
+                port.kept += first.reader.read(first.reader.remaining)
                 first.complete(0)
         super().queue_stopping(queue)
         self._forget_requests(queue)
