@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import select
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fuzz.inputs import Input
@@ -118,6 +119,7 @@ class Guest:
         """Whether one place was used for two buffers: then what is in them has no meaning."""
         self.driver: Driver
         self._described: set[GuestBuffer] = set()  # what a descriptor ever let the device write
+        self._tables: set[GuestBuffer] = set()  # indirect ones
         self.bring_up()
 
     def bring_up(self) -> None:
@@ -134,6 +136,7 @@ class Guest:
         self.driver.start()
         self.unruly = self.overlapping = False
         self._described.clear()
+        self._tables.clear()
         self.place = ARENA
 
     def queues_used(self) -> Iterable[int]:
@@ -165,6 +168,7 @@ class Guest:
         if not any(ring.in_flight for ring in self.driver.queues.values()) and not self.unruly:
             self.place = ARENA
             self.overlapping = False
+            self._tables.clear()
 
     def place_pieces(self, source: Input, data: bytes) -> list[GuestBuffer]:
         """Puts bytes into buffers of the guest's, cut where the source says."""
@@ -217,6 +221,7 @@ class Guest:
         table, _ = self.buffer(source, 16 * (len(readable) + len(writable)))
         if not _SEAM - 16 * 32 < table < _SEAM:
             direct = source.pick((0, 0, 0, 1))
+            self._tables.add((table, 16 * (len(readable) + len(writable))))
             return self.offer(index, readable, writable, table=table, direct=direct)
         return self.offer(index, readable, writable)
 
@@ -252,19 +257,25 @@ class Guest:
     def watched(self, index: int = -1) -> Iterator[None]:
         """Checks that nothing changes but what is lent: used rings and writable buffers.
 
-        Of a guest that keeps no books that is what any of its descriptors named so far.
+        Of a guest that keeps no books that is what any of its descriptors named so far. When it
+        lends descriptors themselves, there is no telling.
         """
-        lent = [(ring.used, 6 + 8 * ring.size) for ring in self.driver.queues.values()]
-        for ring in self.driver.queues.values():
+        rings = self.driver.queues.values()
+        lent = [(ring.used, 6 + 8 * ring.size) for ring in rings]
+        for ring in rings:
             for chain in ring._in_flight.values():
                 lent += chain.token
-            if self.unruly:
+            if self.unruly or self.overlapping:
                 self._described |= set(self._writable(ring.desc, ring.size))
         lent += self._described
+        buffers = lent[len(rings) :]
+        untold = any(gpa < ARENA or _overlap(gpa, length, self._tables) for gpa, length in buffers)
         before = [bytearray(region.view) for region in self.memory.regions]
         yield
         fault = self.device.fault
         assert fault is None or isinstance(fault, DriverError), repr(fault)
+        if untold:
+            return
         for region, expected in zip(self.memory.regions, before, strict=True):
             for gpa, length in lent:
                 start, end = max(gpa, region.gpa), min(gpa + length, region.gpa + region.size)
@@ -282,6 +293,7 @@ class Guest:
                 if not length:
                     continue
                 if flags & DESC_F_INDIRECT and not nested:
+                    self._tables.add((gpa, length))
                     yield from self._writable(gpa, min(length // 16, 64), nested=True)
                 elif flags & DESC_F_WRITE:
                     self.memory.views(gpa, length)  # else the device has to refuse it
@@ -301,6 +313,36 @@ class Guest:
     def content(self, buffers: Iterable[GuestBuffer]) -> bytes:
         """The bytes in buffers, one after another."""
         return b"".join(self.memory.read(gpa, length) for gpa, length in buffers if length)
+
+    def pump(self, after_each: Callable[[], None] = lambda: None) -> None:
+        """What an event loop does, until nothing happens any more; that must come soon."""
+        for _ in range(400):
+            poll = select.poll()
+            watches = {}
+            for watch in self.device.watches:
+                if watch.reading or watch.writing:
+                    watches[watch.fd] = watch
+                    events = watch.reading * select.POLLIN | watch.writing * select.POLLOUT
+                    poll.register(watch.fd, events)
+            ready = poll.poll(0)
+            if not ready:
+                return
+            with self.watched():
+                for fd, events in ready:
+                    watch = watches[fd]
+                    if watch.reading and events & ~select.POLLOUT:
+                        watch.readable()
+                    if watch.writing and events & ~select.POLLIN and watch in self.device.watches:
+                        watch.writable()
+            after_each()
+        raise AssertionError("there is always something to do, and nothing comes of it")
+
+    def ring_alarms(self) -> None:
+        """The time of all alarms that are set has come."""
+        for alarm in self.device.alarms:
+            if alarm.deadline is not None:
+                with self.watched():
+                    alarm.ring()
 
     def start_over(self) -> None:
         """A reset and a new probe; the device must work as on the first day."""
@@ -374,3 +416,7 @@ class NetGuest(Guest):
         ack = self.memory.read(gpa + 0x12000, 1)[0]
         assert [count for _, count in used] == [1] and ack in (CTRL_OK, CTRL_ERR)
         return ack
+
+
+def _overlap(gpa: int, length: int, places: Iterable[GuestBuffer]) -> bool:
+    return any(gpa < start + size and start < gpa + length for start, size in places)

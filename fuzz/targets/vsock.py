@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import tempfile
 import types
@@ -338,34 +337,11 @@ class _Life:
         self.clock.now += self.source.pick((0.6, 3.0, 6.0, 9.0, 11.0))
         for known in self.known.values():
             known.ending = True
-        for alarm in self.device.alarms:
-            if alarm.deadline is not None:
-                with self.guest.watched():
-                    alarm.ring()
+        self.guest.ring_alarms()
         self.pump()
 
     def pump(self) -> None:
-        """What an event loop does, until nothing happens any more; that must come soon."""
-        for _ in range(400):
-            poll = select.poll()
-            watches = {}
-            for watch in self.device.watches:
-                events = watch.reading * select.POLLIN | watch.writing * select.POLLOUT
-                if events:
-                    watches[watch.fd] = watch
-                    poll.register(watch.fd, events)
-            ready = poll.poll(0)
-            if not ready:
-                return
-            with self.guest.watched():
-                for fd, events in ready:
-                    watch = watches[fd]
-                    if watch.reading and events & ~select.POLLOUT:
-                        watch.readable()
-                    if watch.writing and events & ~select.POLLIN and watch in self.device.watches:
-                        watch.writable()
-            self.look()
-        raise AssertionError("there is always something to do, and nothing comes of it")
+        self.guest.pump(self.look)
 
     # What must have come of it.
 
@@ -479,16 +455,11 @@ class _Life:
         self.peers[0].send(3)
         guest.offer(_RX, [], [(ARENA, 0x1000)])
         guest.kick(_RX)
-        self.sure = False
-        packets = []
-        for _ in range(3):
-            self.pump_once()
-            packets += [guest.content(buffers)[:size] for buffers, size in guest.collect(_RX)]
+        packets: list[bytes] = []
+
+        def collect() -> None:
+            packets.extend(guest.content(buffers)[:size] for buffers, size in guest.collect(_RX))
+
+        guest.pump(collect)
         assert self.peers[0].got == b"a" and self.device.fault is None
         assert any(packet[44:] == bytes(range(3)) for packet in packets), "dead after a reset"
-
-    def pump_once(self) -> None:
-        for watch in list(self.device.watches):
-            if watch.reading and select.select([watch.fd], [], [], 0)[0]:
-                with self.guest.watched():
-                    watch.readable()

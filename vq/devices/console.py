@@ -168,6 +168,7 @@ class ConsoleDevice(DeviceModel):
             self.stats["to_host_bytes"] += count
         if not end.is_listening:
             self._unheard(port)
+            end.want(writing=False)  # a terminal that was closed would be writable until it is seen
         elif budget <= 0:
             port.again.set(0)
         else:
@@ -287,7 +288,9 @@ class ConsoleDevice(DeviceModel):
         for request in requests:
             message = request.reader.structure(ConsoleControl)
             request.complete(0)
-            if message.event == ConsoleEvent.DEVICE_READY:
+            if not self.has_feature(ConsoleFeature.MULTIPORT):
+                self.stats["control_ignored"] += 1  # these queues are none of this driver's (5.3.2)
+            elif message.event == ConsoleEvent.DEVICE_READY:
                 self._device_ready(bool(message.value))
             elif message.id < len(self._ports) and self._ports[message.id].added:
                 self._port_message(self._ports[message.id], message.event, bool(message.value))
