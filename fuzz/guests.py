@@ -35,16 +35,24 @@ __all__ = [
     "Cable",
     "Guest",
     "NetGuest",
+    "guest_memory",
     "some_features",
 ]
 
 RINGS, _SEAM, _END = 0x1000, 0x10000, 0x1C000
-_MEMORY = GuestMemory.allocate((RINGS, _SEAM - RINGS), (_SEAM, _END - _SEAM))
 ARENA = 0x8000
 """Where a guest's buffers lie; its rings are below."""
 RING_CHOICES = (Feature.INDIRECT_DESC, Feature.EVENT_IDX, Feature.IN_ORDER, Feature.RING_RESET)
 _DESCRIPTOR = struct.Struct("<QIHH")
 GUEST_MAC = b"\2\0\0\0\0\3"
+
+
+def guest_memory() -> GuestMemory:
+    """Memory of two regions side by side, for a guest's rings and buffers."""
+    return GuestMemory.allocate((RINGS, _SEAM - RINGS), (_SEAM, _END - _SEAM))
+
+
+_MEMORY = guest_memory()
 
 
 def some_features(source: Input, choices: Iterable[int]) -> int:
