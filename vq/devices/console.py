@@ -286,11 +286,13 @@ class ConsoleDevice(DeviceModel):
 
     def _control_received(self, requests: Sequence[Request]) -> None:
         for request in requests:
+            if not self.has_feature(ConsoleFeature.MULTIPORT):
+                request.complete(0)  # the queue is none that this driver should use (5.3.2)
+                self.stats["control_ignored"] += 1
+                continue
             message = request.reader.structure(ConsoleControl)
             request.complete(0)
-            if not self.has_feature(ConsoleFeature.MULTIPORT):
-                self.stats["control_ignored"] += 1  # these queues are none of this driver's (5.3.2)
-            elif message.event == ConsoleEvent.DEVICE_READY:
+            if message.event == ConsoleEvent.DEVICE_READY:
                 self._device_ready(bool(message.value))
             elif message.id < len(self._ports) and self._ports[message.id].added:
                 self._port_message(self._ports[message.id], message.event, bool(message.value))
