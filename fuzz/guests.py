@@ -314,6 +314,7 @@ class Guest:
 
         The driver's side judges the used ring by books of its own.
         """
+        self.unruly |= self.overlapping and bool(self._tables)  # perhaps of its own descriptors
         if self.unruly:
             return []
         return [(used.token, used.written) for used in self.ring(index).collect()]

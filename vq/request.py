@@ -5,9 +5,9 @@ its `Writer` over the device-writable ones, front to back, however the driver cu
 (virtio 1.3, 2.7.4.1: a device must not rely on the framing). Neither leaves the buffers. Bytes can
 be copied, taken as ctypes structures, moved from and to files, or looked at where they are.
 
-What a driver left out is a `RequestTooShort`. What it has too much of is a `RequestTooLong` where
-all of it would be copied: a chain can name 4 GiB, the same memory again and again. After a reset the buffers are the driver's again, and
-every use of the request is a `RequestGone`.
+What a driver left out is a `RequestTooShort`. More than the device will copy at once is a
+`RequestTooLong`: a chain can name 4 GiB, the same memory again and again. After a reset the buffers
+are the driver's again, and every use of the request is a `RequestGone`.
 """
 
 from __future__ import annotations

@@ -152,7 +152,9 @@ class _Life:
         self.device = BlockDevice(self.image, queues=2, queue_size=16, serial=_SERIAL.decode())
         self.bursts: list[list[_Asked]] = []
         self.device.ring_class = functools.partial(_HeardRing, self.bursts)
-        self.guest = Guest(self.device, -1 if source.chance(2) else some_features(source, _FEATURES))
+        self.guest = Guest(
+            self.device, -1 if source.chance(2) else some_features(source, _FEATURES)
+        )
         self.serial = 0
 
     def live(self) -> None:

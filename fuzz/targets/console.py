@@ -214,7 +214,9 @@ class _Life:
         source = self.source
         number = source.pick((0, 1, self.count - 1, self.count, 0xFFFFFFFF))
         event = source.pick((*ConsoleEvent, ConsoleEvent.PORT_READY, ConsoleEvent.PORT_OPEN, 99))
-        self.message(number, event, source.pick((1, 1, 1, 0, 2)), source.take(source.pick((0, 0, 5))))
+        self.message(
+            number, event, source.pick((1, 1, 1, 0, 2)), source.take(source.pick((0, 0, 5)))
+        )
 
     def get_ready(self) -> None:
         """What a driver says to begin with."""

@@ -42,7 +42,9 @@ _MEMORIES = guest_memory(), guest_memory()
 
 def run(data: bytes) -> None:
     """Leads both lives, step by step."""
-    worlds = [_World(Input(data), memory, by_address=memory is _MEMORIES[1]) for memory in _MEMORIES]
+    worlds = [
+        _World(Input(data), memory, by_address=memory is _MEMORIES[1]) for memory in _MEMORIES
+    ]
     try:
         plain, quick = worlds
         for _ in range(40):
@@ -186,21 +188,16 @@ class _World:
         self.port.longest = source.pick((1514, 1514, 600, MAX_FRAME))
         wanted = -1 if source.chance(4) else some_features(source, _CHOICES)
         mtu = source.pick((None, None, None, 1500, 400))
-        self.guest = NetGuest(
-            self.link, _with_needs(wanted), memory=memory, queue_size=32, mtu=mtu
-        )
+        self.guest = NetGuest(self.link, _with_needs(wanted), memory=memory, queue_size=32, mtu=mtu)
         self.sent: list[tuple[bytes, bytes]] = []  # by the guest, as it came to the host
         self.answers: list[list[object]] = [[], [], []]  # what came back to it, for each queue
         self.alike = True
         """Whether the outcome must be the other's."""
         self.choked = False
         """Whether the host does not read what comes."""
+        schedule = source.pick(((), (), (), (5, 1, 3), (64, 64, 0)))
         if (batches := self.port._batches) is not None:
-            requests = cast("_FitfulRequests", batches.ring)
-            schedule = source.pick(((), (), (), (5, 1, 3), (64, 64, 0)))
-            requests.most = list(schedule)
-        else:
-            source.u8
+            cast("_FitfulRequests", batches.ring).most = list(schedule)
 
     def step(self) -> None:
         """The next thing that happens."""

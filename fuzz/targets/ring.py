@@ -33,10 +33,10 @@ BAD = Chain(-1, (), ())
 
 def run(data: bytes) -> None:
     """Plays one driver's life against a `SplitRing`, and one more that behaves."""
-    Life(Input(data)).live()
+    _Life(Input(data)).live()
 
 
-class Life:
+class _Life:
     """One ring, its driver and its device."""
 
     def __init__(self, source: Input) -> None:

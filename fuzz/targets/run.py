@@ -1,4 +1,4 @@
-"""The device's side of a split ring by address, over memory that a hostile driver writes as it likes.
+"""The device's side of a split ring by address, over memory that a hostile driver writes.
 
 A `Run` says where buffers are in numbers, which nobody checks again; so each number is compared
 with what stands in the descriptor, and with the memory that there is.
@@ -10,17 +10,17 @@ import struct
 from collections.abc import Callable, Sequence
 
 from fuzz.inputs import Input
-from fuzz.targets.ring import AVAIL, BAD, DESC, MEMORY, USED, Life
+from fuzz.targets.ring import AVAIL, BAD, DESC, MEMORY, USED, _Life
 from vq.errors import DriverError
 from vq.split_ring import Run
 
 
 def run(data: bytes) -> None:
     """Plays one driver's life against a `Run` and its ring, and one more that behaves."""
-    _Life(Input(data)).live()
+    _ByAddress(Input(data)).live()
 
 
-class _Life(Life):
+class _ByAddress(_Life):
     def __init__(self, source: Input) -> None:
         self.writable = source.chance(2)
         super().__init__(source)

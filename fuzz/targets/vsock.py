@@ -35,7 +35,13 @@ _SIZES = (10, 100, 1000, 3000, 1, 0, 9000)
 _ROOMS = (44 + 4096, 44 + 1000, 44 + 100, 45, 44 + 20000, 44, 43, 1)
 _GREETINGS = (
     *(b"CONNECT 5\n", b"CONNECT 5\n", b"CONNECT 6\r\n", b"CONNECT 4294967294\n", b"CONN"),
-    *(b"CONNECT 4294967295\n", b"CONNECT 99999999999\n", b"CONNECT -1\n", b"GET / HTTP/1.1\n", b"\n"),
+    *(
+        b"CONNECT 4294967295\n",
+        b"CONNECT 99999999999\n",
+        b"CONNECT -1\n",
+        b"GET / HTTP/1.1\n",
+        b"\n",
+    ),
     *(b"CONNECT " + b"0" * 100, b"CONNECT 7\nand more"),
 )
 _COUNTER = 0xFFFFFFFF
@@ -179,7 +185,9 @@ class _Life:
         op = source.pick(_OPS)
         odd = source.chance(8)
         kind = source.pick((1, 2, 0)) if odd else 1
-        cids = source.pick(((_CID, 2), (_CID, 2), (4, 2), (_CID, 1), (1 << 40, 2))) if odd else (3, 2)
+        cids = (
+            source.pick(((_CID, 2), (_CID, 2), (4, 2), (_CID, 1), (1 << 40, 2))) if odd else (3, 2)
+        )
         flags = source.pick((0, 1, 2, 3, 0xFFFFFFFC))
         size = source.pick(_SIZES) if op == VsockOp.RW or source.chance(16) else 0
         if known is not None and not source.chance(8):  # within what the device allows
