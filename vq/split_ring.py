@@ -653,8 +653,6 @@ class SplitRing:
         self._store_used_word(1, index)
         if log is not None:
             log.published(finished, index)
-        if self._resubmitted:
-            self._resubmitted.difference_update(finished)
         return len(finished)
 
     def push_burst(self, chains: Sequence[Chain]) -> None:
@@ -741,6 +739,8 @@ class SplitRing:
             self._used_lengths[: end - size] = lengths[first:]
         self._next_used = (self._next_used + count) & 0xFFFF
         self._unpublished += heads
+        if self._resubmitted:
+            self._resubmitted.difference_update(heads)
 
     # --- notifications ---------------------------------------------------------------------------
 

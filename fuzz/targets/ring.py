@@ -74,6 +74,8 @@ class _Life:
         self.held: list[Chain] = []  # in the order in which they were popped
         self.popped: list[Chain] = []  # those given back meanwhile, too
         self.given = 0
+        self.places: dict[int, int] = {}  # of chains in the available ring, by their id
+        self.kept: list[Chain] = []
 
     def steps(self) -> Sequence[Callable[[], None]]:
         """What can happen next."""
@@ -160,6 +162,7 @@ class _Life:
     # What a device can do.
 
     def pop(self) -> None:
+        place, left_over = self.ring.next_avail, len(self.ring.left_over)
         try:
             chains = self.ring.pop_burst(self.source.pick((1, 2, 64)))
         except DriverError as error:
@@ -172,8 +175,12 @@ class _Life:
             heads.add(chain.head)
             assert chain.readable_size + chain.writable_size <= 1 << 32
             assert len(chain.readable) + len(chain.writable) <= 3 * self.size + 3
+            if len(self.ring.left_over) == left_over:
+                self.places.setdefault(id(chain), place)
+                place += 1
         self.held += chains
         self.popped += chains
+        self.kept += chains  # so that nobody else gets the same id
 
     def give_back(self) -> None:
         if self.held:
@@ -205,6 +212,11 @@ class _Life:
             for chain in self.held[-count:]:
                 self.popped.remove(chain)
             del self.held[-count:]
+            # A later device finds each of them, by its place or by name.
+            later = [c for c in self.ring._undone if c.head not in self.ring.left_over]
+            for number, chain in enumerate(later):
+                place = self.places[id(chain)] & 0xFFFF
+                assert place == (self.ring.next_avail + number) & 0xFFFF, "lost when put back"
 
     # How it is done.
 

@@ -25,6 +25,7 @@ class _ByAddress(_Life):
         self.writable = source.chance(2)
         super().__init__(source)
         self.run = Run(self.ring, writable=self.writable)
+        self.run_places: dict[int, int] = {}  # in the available ring, by head
 
     def steps(self) -> Sequence[Callable[[], None]]:
         """What can happen next, here with buffers of the usual kind more often."""
@@ -81,6 +82,7 @@ class _ByAddress(_Life):
             assert head == int.from_bytes(MEMORY.read(slot, 2), "little"), "not what was offered"
             assert head not in held and head < self.size, "a chain given out twice"
             held.add(head)
+            self.run_places[head] = position
             gpa, length, flags, _ = struct.unpack("<QIHH", MEMORY.read(DESC + 16 * head, 16))
             assert flags == (2 if self.writable else 0) and length == run.lengths[index]
             assert length >= run.shortest > 0
@@ -116,8 +118,11 @@ class _ByAddress(_Life):
         """Goes over to chains."""
         chains = self.run.to_chains()
         assert not self.run.heads
+        for number, chain in enumerate(chains):
+            self.places[id(chain)] = self.run_places.pop(chain.head)
         self.held += chains
         self.popped += chains
+        self.kept += chains
 
     def adopt(self) -> None:
         """The way back."""
@@ -125,4 +130,5 @@ class _ByAddress(_Life):
         if not self.run.heads and self.run.adopt(chains):
             for chain in chains:
                 self.popped.remove(chain)
+                self.run_places[chain.head] = self.places.get(id(chain), 0)
             self.held = []
