@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fuzz.inputs import Input
 from fuzz.targets.ring import AVAIL, BAD, DESC, MEMORY, USED, _Life
 from vq.errors import DriverError
-from vq.split_ring import Run
+from vq.split_ring import Chain, Run
 
 
 def run(data: bytes) -> None:
@@ -26,6 +26,7 @@ class _ByAddress(_Life):
         super().__init__(source)
         self.run = Run(self.ring, writable=self.writable)
         self.run_places: dict[int, int] = {}  # in the available ring, by head
+        self.markers: dict[int, Chain] = {}  # what stands in `popped` for what the run holds
 
     def steps(self) -> Sequence[Callable[[], None]]:
         """What can happen next, here with buffers of the usual kind more often."""
@@ -83,6 +84,8 @@ class _ByAddress(_Life):
             assert head not in held and head < self.size, "a chain given out twice"
             held.add(head)
             self.run_places[head] = position
+            self.markers[head] = Chain(head, (), ())
+            self.popped.append(self.markers[head])
             gpa, length, flags, _ = struct.unpack("<QIHH", MEMORY.read(DESC + 16 * head, 16))
             assert flags == (2 if self.writable else 0) and length == run.lengths[index]
             assert length >= run.shortest > 0
@@ -118,10 +121,10 @@ class _ByAddress(_Life):
         """Goes over to chains."""
         chains = self.run.to_chains()
         assert not self.run.heads
-        for number, chain in enumerate(chains):
+        for chain in chains:
             self.places[id(chain)] = self.run_places.pop(chain.head)
+            self.popped[self.popped.index(self.markers[chain.head])] = chain
         self.held += chains
-        self.popped += chains
         self.kept += chains
 
     def adopt(self) -> None:
@@ -129,6 +132,7 @@ class _ByAddress(_Life):
         chains = self.held
         if not self.run.heads and self.run.adopt(chains):
             for chain in chains:
-                self.popped.remove(chain)
                 self.run_places[chain.head] = self.places.get(id(chain), 0)
+                self.markers[chain.head] = Chain(chain.head, (), ())
+                self.popped[self.popped.index(chain)] = self.markers[chain.head]
             self.held = []
