@@ -453,6 +453,7 @@ class _Life:
             self.clock.now += 11.0
             self.guest.ring_alarms()
             self.pump()
+        self.start_over()
         self.connected.clear()
         guest = self.guest
         for number, (op, payload) in enumerate(((VsockOp.REQUEST, b""), (VsockOp.RW, b"a"))):
