@@ -481,10 +481,11 @@ class NetDevice(Device):
                 if burst.left:
                     ring.undo_pop(burst.left)
                 blocked = not self._send(queue, ring, burst.frames, burst.owners, burst.size)
-                if self.holds(queue, ring):
-                    if burst.dropped:
-                        ring.write_used_burst(burst.dropped)
-                    self.publish(queue)
+                if not self.holds(queue, ring):
+                    return False
+                if burst.dropped:
+                    ring.write_used_burst(burst.dropped)
+                self.publish(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
@@ -496,12 +497,11 @@ class NetDevice(Device):
                     return False
                 if burst.left:
                     return True  # that was more than a turn's work
-            elif sent:
+            if sent or len(chains) == BURST:
                 continue
-            elif not ring.enable_kicks():
+            if not ring.enable_kicks():
                 return False
-            else:
-                ring.disable_kicks()
+            ring.disable_kicks()
         return True
 
     def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
