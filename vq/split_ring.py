@@ -25,7 +25,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from operator import add
 from typing import Protocol
@@ -209,6 +209,11 @@ class SplitRing:
         self._completed: set[int] = set()  # IN_ORDER: heads that wait for an older chain
         self._inflight_log = inflight_log
         self._walked = 0  # descriptors and buffers of the chains followed in the present burst
+
+    @cached_property
+    def _each_descriptor(self) -> list[memoryview]:
+        """A view of each descriptor: to copy many of them, in any order, is one call with these."""
+        return [self._table[16 * index : 16 * index + 16] for index in range(self.size)]
 
     def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
         if gpa % align:
@@ -961,12 +966,10 @@ class Run:
             flags = ring._flags[first:end].tolist()
             held = outstanding[first:end]
         elif max(heads) < ring.size and len(set(heads)) == count:
-            flag = ring._flags[first]
-            if flag != self._flag:  # the others would be read for nothing
-                return False
-            addresses = list(map(ring._addresses.__getitem__, heads))
-            lengths = list(map(ring._lengths.__getitem__, heads))
-            flags = list(map(ring._flags.__getitem__, heads))
+            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
+            addresses = copy.cast("Q")[::2].tolist()
+            lengths = copy.cast("I")[2::4].tolist()
+            flags = copy.cast("H")[6::8].tolist()
             held = [outstanding[head] for head in heads]
         else:
             return False
