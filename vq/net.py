@@ -603,7 +603,10 @@ class NetDevice(Device):
         return more
 
     def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
-        """Moves waiting frames into the window; whether there may be more of them."""
+        """Moves waiting frames into the window; whether there may be more of them.
+
+        What the last burst filled is left to the caller to flush.
+        """
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
@@ -616,14 +619,14 @@ class NetDevice(Device):
             for _ in range(BURSTS_PER_TURN):
                 moved = port.read_burst(window, 1 if alone else BURST)
                 frames += moved
+                if alone or moved < BURST:
+                    return False
                 if not self.holds(queue, ring):
                     return False
                 if window.flush():
                     self.publish(queue)
                     if not self.holds(queue, ring):
                         return False
-                if alone or moved < BURST:
-                    return False
         except OSError as error:
             self._port_broke(index, error)
             return False

@@ -286,25 +286,23 @@ class LinuxTapPort(Port):
         """
         if not self.active:
             return 0
-        lend_together = None
-        if hasattr(room, "lend_apart"):
-            moved_apart = self._read_apart(cast(PlacesRoom, room), limit)
+        by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
+        if by_address is not None and limit >= _FEW:
+            moved_apart = self._read_apart(by_address, limit)
             if moved_apart is not None:
                 return moved_apart
-            lend_together = cast(PlacesRoom, room).lend_together
-            commit_together = cast(PlacesRoom, room).commit_together
         moved = 0
         try:
             while moved < limit:
                 longest = min(self.longest, self._longest_usual)
-                if lend_together and (places := lend_together(longest)):
+                if by_address is not None and (places := by_address.lend_together(longest)):
                     vectors, first, count = places
                     length = vectors.read(self._fd, first, count)
                     if length > NET_HDR_SIZE + longest:
                         self._longest_usual = MAX_FRAME
                         self._too_long()
                         continue
-                    commit_together(length)
+                    by_address.commit_together(length)
                     moved += 1
                     continue
                 views = room.views()
@@ -339,7 +337,7 @@ class LinuxTapPort(Port):
         The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
         """
         batches, longest = self._batches, self.longest
-        if batches is None or limit < _FEW:
+        if batches is None:
             return None
         moved, most = 0, self._likely
         while moved < limit:
