@@ -1266,6 +1266,21 @@ def test_what_stands_before_a_bad_chain_is_left_over_when_it_is_put_back(
     assert [head for head, _ in guest.used()][-3:] == [0, 1, 3]
 
 
+def test_a_chain_offered_again_too_early_is_put_back_like_any_other(guest: Guest) -> None:
+    """Fuzzing `ring`: a driver that did not wait for a chain of an earlier device to be published
+    had it counted as that device's still, and the chain before it was lost when put back."""
+    fill_singles(guest)
+    guest.offered = 1
+    ring = guest.ring(next_avail=1, resubmit=[5])
+    (old,) = ring.pop_burst(1)
+    ring.write_used(old)
+    guest.offer(7, 5)
+    chains = ring.pop_burst(8)
+    assert heads(chains) == [7, 5]
+    ring.undo_pop(chains)
+    assert (ring.next_avail, ring.left_over) == (1, [])
+
+
 # --- chains of an earlier device -----------------------------------------------------------------
 
 
