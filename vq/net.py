@@ -312,6 +312,28 @@ class NetDevice(Device):
             self._catch_up()
         return more
 
+    def process_disabled(self, queue: Queue, ring: SplitRing) -> bool:
+        """Discards what the guest sends; receives nothing, and leaves commands for later.
+
+        vhost-user, "Ring states": "in the disabled state the back-end must not supply any new RX
+        packets, but must process and discard any TX packets." A command on the control queue waits:
+        to refuse it would be something that the driver sees.
+        """
+        if not queue.index % 2 or queue.index >= 2 * self._pairs:
+            return False
+        ring.disable_kicks()
+        for _ in range(ring.size // BURST + 1):  # all that waits: see `Backend` for why
+            chains = ring.pop_burst(BURST)
+            if chains:
+                ring.write_used_burst(chains)
+                self.stats["tx_dropped: disabled"] += len(chains)
+                self.publish(queue)
+                if queue.ring is not ring:
+                    return False
+            elif not ring.enable_kicks():
+                return False
+        return True
+
     def _catch_up(self) -> None:
         """Sees to the queues that wanted attention; not nested, however they call each other.
 
