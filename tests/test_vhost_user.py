@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -34,8 +34,11 @@ from vhost_frontend import (
 )
 
 from vq.abi import Status
+from vq.device import Queue
 from vq.errors import UsageError
 from vq.loop import Loop
+from vq.model import DeviceModel
+from vq.request import Request
 from vq.vhost_user import Client, Connection, Server
 
 MQ, LOG_SHMFD, RARP, ACK, MTU, BACKEND_REQ = (1 << bit for bit in range(6))
@@ -1403,3 +1406,46 @@ def test_a_model_that_fails_costs_only_its_own_connection(
         talk.frontend.send(24, struct.pack("=3I", 0, 4, 0) + bytes(4))
         assert talk.frontend.is_dropped
     assert "ZeroDivisionError" in caplog.text
+
+
+class OutOfOrder(DeviceModel):
+    """Keeps its first request until another one says so."""
+
+    device_id = 4
+
+    def __init__(self) -> None:
+        super().__init__(queues=[("requests", 16, self.serve)])
+        self.kept: list[Request] = []
+
+    def serve(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if bytes(request.reader.views()[0]) == b"keep" and "all" not in self.stats:
+                self.kept.append(request)
+            else:
+                request.writer.write(b"done")
+                request.complete()
+
+    def queue_stopping(self, queue: Queue) -> None:
+        super().queue_stopping(queue)
+        self.kept.clear()
+
+
+@pytest.mark.parametrize("between", ["nothing", "disabled"])
+def test_a_request_that_waits_to_be_taken_again_outlives_a_second_stop(
+    talk: Talk, between: str
+) -> None:
+    """QEMU adds memory region by region: each stops every ring, and one that the device had taken
+    before the first was forgotten with the second, unless the ring's turn came in between."""
+    talk.connection.close()
+    talk.device = OutOfOrder()  # type: ignore[assignment]
+    talk.connect()
+    talk.start()
+    assert talk.shout(b"keep") == [] and talk.shout(b"next") == [b"done"]
+    talk.device.stats["all"] = 1
+    if between == "disabled":
+        talk.frontend.send(18, state(0, 0))
+    talk.frontend.set_memory(talk.ram)
+    talk.frontend.set_memory(talk.ram)
+    talk.frontend.send(18, state(0, 1))
+    talk.frontend.turn()
+    assert talk.ring.used_idx == 2

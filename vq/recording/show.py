@@ -120,8 +120,8 @@ class _Words:
                 index, size, _, desc, avail, used, position, *_ = numbers
                 disabled = " disabled" if event.kind is Kind.DISABLED_SETUP else ""
                 return (
-                    f"sets up {self._queue(index)}{disabled}: {size} descriptors at {desc:#x}, available"
-                    f" {avail:#x}, used {used:#x}, from position {position}"
+                    f"sets up {self._queue(index)}{disabled}: {size} descriptors at {desc:#x},"
+                    f" available {avail:#x}, used {used:#x}, from position {position}"
                 )
             case Kind.QUEUE_RESET:
                 return f"resets {self._queue(numbers[0])}"
