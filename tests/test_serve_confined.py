@@ -30,12 +30,13 @@ from test_serve import (
     Plug,
     Serve,
     eventually,
+    frame_of,
     plug,
     serve,
 )
 
 from vq import sandbox
-from vq.abi import DeviceId, NetFeature
+from vq.abi import DeviceId, NetFeature, Status
 from vq.cli import main
 from vq.device import RING_FEATURES
 from vq.driver import Driver
@@ -45,11 +46,13 @@ from vq.serve.confinement import open_descriptors
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import need_linux, need_namespaces, need_root, need_tap
 from vq.testing.vhost_frontend import VhostFrontend
+from vq.vhost_message import Request, VringFd
 
 __all__ = ["plug", "serve"]  # fixtures
 
 KILLS = int(os.environ.get("VQ_KILLS", "10"))
 """How often worker and helper are killed; a hundred by hand."""
+RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 TAP = "vqsep0"
 US, HOST = bytes((198, 18, 91, 2)), bytes((198, 18, 91, 1))
 
@@ -442,6 +445,30 @@ def test_memory_that_is_cut_short_kills_the_worker_and_it_is_started_again(
     log = served.stop()
     assert "the worker was killed by SIGBUS: memory that a guest shares was cut short" in log
     assert "the worker is started again" in log
+
+
+def test_a_frontend_that_makes_its_worker_wait_holds_up_nobody_for_long(
+    serve: Serve, plug: Plug
+) -> None:
+    """Two guests on a cable are one worker's; the first fills its own call descriptor, and sets it
+    back to blocking again and again."""
+    served = serve("--link=pair", sockets=["hostile", "other"])
+    hostile, other = (plug(path) for path in served.paths)
+    event = os.eventfd(0, 0)
+    os.eventfd_write(event, 2**64 - 2)
+    hostile.frontend._tell(Request.SET_VRING_CALL, VringFd(0, True), [event])
+    for number in range(3):
+        os.set_blocking(event, True)
+        other.send(frame_of(number))
+        began = time.monotonic()
+        assert other.frontend.status == RUNNING
+        print(f"held up for {time.monotonic() - began:.2f} s")
+        hostile.frontend.poll()
+        hostile.driver._called.add(0)
+        assert hostile.receive(1) == [frame_of(number)]
+    os.close(event)
+    log = served.stop()
+    assert "a descriptor that it shares was made to wait: it gets no more events" in log
 
 
 def test_a_new_worker_finds_the_queues_as_the_first_one_did(serve: Serve, plug: Plug) -> None:

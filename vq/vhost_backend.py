@@ -30,6 +30,7 @@ from vq.inflight import InflightRegion
 from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
 from vq.memory import DirtyLog, GuestMemory, Region
+from vq.shared_fd import MadeToWait, drain, signal_event
 from vq.vhost_channel import Channel, Transfer, close_fd
 from vq.vhost_message import (
     BackendRequest,
@@ -52,8 +53,6 @@ from vq.vhost_message import (
 )
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
-
-SYSTEM_CALLS = ("readv",)
 
 log = limited_logger(__name__)
 
@@ -78,9 +77,6 @@ _ANY_DEVICE = (
     ProtocolFeature.STATUS,
 )
 _VHOST_FEATURES = feature_mask(VhostFeature)
-_EVENT = (1).to_bytes(8, sys.byteorder)  # the value has no meaning, but an eventfd adds it up
-_KICKS = (bytearray(4096),)
-"""Where kicks are read to; what they say has no meaning. Bytes of their own cost more each time."""
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
@@ -186,6 +182,8 @@ class Vring:
     call_missed: bool = False
     err_fd: int = -1
     err_was_set: bool = False
+    waits: int = 0
+    """How often the frontend made us wait for its event descriptors."""
     started: bool = False
     """Whether the frontend has started it since the device was reset."""
     held: Held = Held.NOTHING
@@ -787,8 +785,7 @@ class Backend:
 
     def _kicked(self, vring: Vring) -> None:
         try:
-            # An eventfd gives one value of eight bytes, a pipe all that wait in it.
-            alive = bool(os.readv(vring.kick_fd, _KICKS))
+            alive = drain(vring.kick_fd)
         except BlockingIOError:
             return
         except OSError as error:
@@ -849,7 +846,11 @@ class Backend:
         vring = self.vrings[index]
         if vring.call_fd >= 0:
             vring.call_missed = False
-            _signal(vring.call_fd)
+            try:
+                signal_event(vring.call_fd)
+            except (OSError, MadeToWait) as error:
+                if _is_to_be_closed(vring, vring.call_fd, error):
+                    vring.call_fd = close_fd(vring.call_fd)
         elif vring.call_was_set:
             pass  # the frontend polls
         elif self._channel is not None and self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
@@ -878,7 +879,11 @@ class Backend:
             if not vring.running:
                 continue
             if vring.err_fd >= 0:
-                _signal(vring.err_fd)
+                try:
+                    signal_event(vring.err_fd)
+                except (OSError, MadeToWait) as error:
+                    if _is_to_be_closed(vring, vring.err_fd, error):
+                        vring.err_fd = close_fd(vring.err_fd)
             elif (
                 self._channel is not None
                 and not vring.err_was_set
@@ -1087,11 +1092,18 @@ def _map_slot(described: MemoryRegion, message: Message) -> _Slot:
     return _Slot(described, region)
 
 
-def _signal(fd: int) -> None:
-    """Adds an event to an eventfd or a pipe. A full one has an event in it already."""
-    try:
-        os.write(fd, _EVENT)
-    except BlockingIOError:
-        pass
-    except OSError as error:
+def _is_to_be_closed(vring: Vring, fd: int, error: OSError | MadeToWait) -> bool:
+    """Whether a descriptor that an event could not be written to is not to be used again.
+
+    Once may be because all of this machine stood still.
+    """
+    if not isinstance(error, MadeToWait):
         log.debug("an event descriptor cannot be written: %s", error)
+        return False
+    vring.waits += 1
+    if vring.waits > 1:
+        log.warning("ring %d: %s: it gets no more events", vring.index, str(error))
+        return True
+    log.warning("ring %d: %s", vring.index, str(error))
+    os.set_blocking(fd, False)
+    return False

@@ -25,6 +25,7 @@ from vq.privsep import Helper, Worker
 from vq.serve import confinement, transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
+from vq.shared_fd import Watchdog
 
 __all__ = ["KINDS", "add_arguments", "parse", "run"]
 
@@ -148,6 +149,7 @@ class _Service:
         """Serves the devices in this process; `ready` is called once frontends may come."""
         args, kind = self._args, self._kind
         with ExitStack() as stack:
+            stack.enter_context(Watchdog())
             if args.record is not None:
                 _record(self._devices[0], args, self._words, stack)
             for place, device in zip(self._places, self._devices, strict=True):
