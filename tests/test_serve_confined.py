@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -127,8 +128,21 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
     assert int(status["CapEff"][0], 16) == 1 << 1 | 1 << 5 | 1 << 12 | 1 << 21
     assert status["NoNewPrivs"] == ["1"]
     assert not [link for link in descriptors(helper) if "memfd" in link], "a guest's memory"
+    limits = Path(f"/proc/{worker}/limits").read_text()
+    for name, most in (("core file size", 0), ("data size", 1 << 30), ("open files", 4096)):
+        assert re.search(rf"Max {name} +{most} +{most} ", limits), limits
     log = served.stop()
     assert "guests are served with: own namespaces without files; user nobody" in log
+
+
+def test_a_helper_without_taps_keeps_no_privileges_for_them(serve: Serve, plug: Plug) -> None:
+    served = serve("--memory-limit=100")
+    plug(served.paths[0]).echo()
+    if os.geteuid() == 0:
+        assert int(status_of(served.process.pid)["CapEff"][0], 16) == 1 << 1 | 1 << 5
+    limits = Path(f"/proc/{served.worker.pid}/limits").read_text()
+    assert re.search(rf"Max data size +{100 << 20} +{100 << 20} ", limits), limits
+    served.stop()
 
 
 def test_offloads_follow_the_guest_through_the_helper(serve: Serve, host: Namespace) -> None:

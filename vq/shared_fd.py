@@ -105,8 +105,8 @@ class Watchdog:
     """
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGALRM, _look)
-        signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
+        self._handler = signal.signal(signal.SIGALRM, _look)
+        self._timer = signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
         return self
 
     def __exit__(
@@ -116,7 +116,8 @@ class Watchdog:
         traceback: TracebackType | None,
     ) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._before)
+        signal.signal(signal.SIGALRM, self._handler)
+        signal.setitimer(signal.ITIMER_REAL, *self._timer)
 
 
 def _look(_: int, __: FrameType | None) -> None:

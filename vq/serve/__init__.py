@@ -120,7 +120,7 @@ class _Service:
 
     def _worker_is_ready(self) -> None:
         if self._args.sandbox != "off":
-            sandbox.keep_helper_privileges(again=self._args.restart)
+            sandbox.keep_helper_privileges(taps=bool(self._kind.taps), again=self._args.restart)
         transport.tell_supervisor("READY=1")
 
     def _work(self, worker: Worker) -> int:
