@@ -579,7 +579,8 @@ class Device(ABC):
         return feature_names(features, self.feature_bits)
 
     def _driver_broke(self, error: DriverError) -> None:
-        log.warning("driver error: %s", str(error))  # not kept alive by a log record
+        # As text: no error is kept alive by a log record.
+        log.warning("driver error: %s; the device rests until its driver resets it", str(error))
         self.stats["driver_errors"] += 1
         self._fail(error)
 
