@@ -48,19 +48,19 @@ _in_use: int | _Lasting | None = None
 """The descriptor that a read or write is under way of, in the thread that gets signals."""
 
 
-def drain(fd: int) -> bool:
-    """Takes the events from an eventfd or pipe; False when none will come any more.
+def drain(fd: int) -> int:
+    """Takes the events from an eventfd or pipe; 0 when none will come any more.
 
     Raises `BlockingIOError` where there is none, and `OSError`.
     """
     # An eventfd gives one value of eight bytes, a pipe all that wait in it.
     if _NOWAIT:
         try:
-            return bool(os.preadv(fd, _KICKS, -1, _NOWAIT))
+            return os.preadv(fd, _KICKS, -1, _NOWAIT)
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise
-    return bool(os.readv(fd, _KICKS))
+    return os.readv(fd, _KICKS)
 
 
 def signal_event(fd: int) -> None:
