@@ -471,15 +471,20 @@ def test_a_frontend_that_makes_its_worker_wait_holds_up_nobody_for_long(
     event = os.eventfd(0, 0)
     os.eventfd_write(event, 2**64 - 2)
     hostile.frontend._tell(Request.SET_VRING_CALL, VringFd(0, True), [event])
+    longest = 0.0
     for number in range(3):
         os.set_blocking(event, True)
         other.send(frame_of(number))
+        frames: list[bytes] = []
         began = time.monotonic()
-        assert other.frontend.status == RUNNING
-        print(f"held up for {time.monotonic() - began:.2f} s")
-        hostile.frontend.poll()
-        hostile.driver._called.add(0)
-        assert hostile.receive(1) == [frame_of(number)]
+        while not frames and time.monotonic() < began + SECONDS:
+            asked = time.monotonic()
+            assert other.frontend.status == RUNNING
+            longest = max(longest, time.monotonic() - asked)
+            hostile.driver._called.add(0)  # no call comes: its descriptor is another
+            frames = hostile.receive(1, seconds=0.05)
+        assert frames == [frame_of(number)]
+    print(f"held up for {longest:.2f} s at most")
     os.close(event)
     log = served.stop()
     assert "a descriptor that it shares was made to wait: it gets no more events" in log
