@@ -237,6 +237,12 @@ class SplitRing:
         undone = sum(1 for chain in self._undone if chain.head not in self._resubmitted)
         return (self._next_avail - undone) & 0xFFFF
 
+    def left_over(self) -> list[int]:
+        """Heads of chains that a later device has to be given beside those from `next_avail` on:
+        an earlier one had them, and this one has them no more, or not yet."""
+        put_back = [chain.head for chain in self._undone if chain.head in self._resubmitted]
+        return [*put_back, *self._resubmit]
+
     @property
     def next_used(self) -> int:
         """The 16-bit position of the next used element."""
