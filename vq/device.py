@@ -419,6 +419,7 @@ class Device(ABC):
             self._run("queue_stopping", self.queue_stopping, queue)
         queue.unfinished = (*queue.unfinished, *ring.left_over())
         next_avail = ring.next_avail
+        queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None
         queue.enabled = False
         return next_avail
