@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeAlias
@@ -82,7 +83,7 @@ class PlacesRoom(Room, Protocol):
         None when frames have to be dealt with one by one.
         """
 
-    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         """Frames stand in the first places that were lent, each of so many bytes, header included.
 
         `headers` is a private copy of their net headers, one behind another. When the answer is
@@ -100,8 +101,8 @@ class PlacesRoom(Room, Protocol):
         """A frame stands there, of so many bytes, header included."""
 
 
-Places: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""Addresses, and lengths in bytes."""
+Places: TypeAlias = tuple["array[int]", "array[int]"]
+"""Addresses ("Q"), and lengths in bytes ("I")."""
 
 
 class Outbox(Protocol):
@@ -113,14 +114,14 @@ class Outbox(Protocol):
     most_bytes: int
     """What it takes at a time, net headers included; frames are at most 64."""
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """A private copy of frames with their net headers, one right behind another, in `total`
-        bytes; what follows in the view means nothing.
+        bytes; what follows in the view means nothing. Addresses are "Q", lengths "I".
 
         Raises `OSError` when that memory cannot be read.
         """
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         """Sends what was taken; returns how many frames it dealt with, as `Port.write_burst` does.
 
         Their headers leave nothing undone, and no frame is too short.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -64,6 +65,7 @@ MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
 COMMANDS_PER_TURN = 8
 """Each may be 64 KiB long, and make the link change its offloads by a system call."""
+_NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 BURSTS_PER_TURN = 4
@@ -522,7 +524,7 @@ class NetDevice(Device):
             sent = 0
         if not self.holds(queue, ring):
             return (), sent
-        run.give_back([0] * sent)
+        run.give_back(_NOTHING_WRITTEN[:sent])
         return run.to_chains(), sent
 
     def _send(

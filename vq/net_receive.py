@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from itertools import accumulate
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
+from vq.lanes import total
 from vq.link import MAX_FRAME, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
@@ -193,7 +195,7 @@ class ReceiveWindow:
             return None
         return run.addresses[:limit], run.lengths[:limit]
 
-    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         """See `vq.link.PlacesRoom`."""
         count = len(lengths)
         flags, gso_types = headers[::NET_HDR_SIZE], headers[1::NET_HDR_SIZE]
@@ -205,7 +207,7 @@ class ReceiveWindow:
         headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
         self._usual.use(lengths)
         self._stats["rx_frames"] += count
-        self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
+        self._stats["rx_bytes"] += total(lengths) - NET_HDR_SIZE * count
         return True
 
     def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
@@ -536,7 +538,7 @@ class _UsualBuffers:
         """How many of those left were lent for the next frame."""
         self.given_back = False
         """Whether used elements were written; for the window to set back."""
-        self._written: list[int] = []
+        self._written = array("I")
         self._spill = spill
         self._spill_place = [address_of(spill)], [len(spill)]
         self._vectors = IoVectors(_VECTORS)
@@ -576,7 +578,7 @@ class _UsualBuffers:
         self.lent = lent = min(wanted, self.left)
         return self._vectors, self._first + self.used, lent + (lent < wanted)
 
-    def spread(self, length: int) -> list[int] | None:
+    def spread(self, length: int) -> array[int] | None:
         """The bytes in each buffer of a frame that fills several; None if there are too few.
 
         What stands in the spill is copied to where it belongs.
@@ -610,7 +612,7 @@ class _UsualBuffers:
         """Frames stand in the next buffers, so many bytes in each."""
         self.used += len(written)
         self.left -= len(written)
-        self._written += written
+        self._written.extend(written)
 
     def give_back(self) -> None:
         """Writes the used elements."""
@@ -618,7 +620,7 @@ class _UsualBuffers:
             self.run.give_back(self._written)
             self._first += self.used
             self._shown = max(0, self._shown - self.used)
-            self.used, self._written, self.given_back = 0, [], True
+            self.used, self._written, self.given_back = 0, array("I"), True
 
     def _show(self) -> None:
         """Gives each buffer its vector."""

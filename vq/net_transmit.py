@@ -10,6 +10,7 @@ time (`send_plain`). They are copied, which costs less than to look at each in i
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,6 +18,7 @@ from typing import TypeAlias
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
+from vq.lanes import alike, total
 from vq.link import MAX_FRAME, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
@@ -95,26 +97,25 @@ class FrameMaker:
         0 leaves them to `make`, whatever the reason. Raises `OSError` when the link is gone.
         """
         lengths = run.lengths
-        total = sum(lengths)
         self._detour = _DETOUR  # until all goes well
         if (
             not run
             or self._responders
             or self.locked_mac is not None
             or run.shortest < NET_HDR_SIZE + max(self._link.min_frame, 1)
-            or total > outbox.most_bytes
+            or (size := total(lengths)) > outbox.most_bytes
         ):
             return 0
         try:
-            frames = outbox.take(run.addresses, lengths, total)
+            frames = outbox.take(run.addresses, lengths, size)
         except OSError:  # memory that is not there
             return 0
-        if not _nothing_undone(frames, lengths, total):
+        if not _nothing_undone(frames, lengths, size):
             return 0
         self._detour = 0
         sent = outbox.send(lengths)
         self._stats["tx_frames"] += sent
-        done = total if sent == len(lengths) else sum(lengths[:sent])
+        done = size if sent == len(lengths) else sum(lengths[:sent])
         self._stats["tx_bytes"] += done - NET_HDR_SIZE * sent
         return sent
 
@@ -233,13 +234,13 @@ class FrameMaker:
         burst.dropped.append(chain)
 
 
-def _nothing_undone(frames: memoryview, lengths: Sequence[int], total: int) -> bool:
+def _nothing_undone(frames: memoryview, lengths: array[int], total: int) -> bool:
     """Whether no header of these frames, one behind another, has flags, a gso_type or an hdr_len.
 
     The other fields have no meaning then. hdr_len has none either, but a tap may refuse it.
     """
     length = lengths[0]
-    if length % _LOOKED_AT == 0 and lengths.count(length) == len(lengths):
+    if length % _LOOKED_AT == 0 and alike(lengths):
         # A look at all the headers at once.
         starts = frames[:total].cast("I")[:: length // _LOOKED_AT]
         return starts == _NO_FIELDS[: len(lengths)]

@@ -44,6 +44,7 @@ from vq.abi import (
     ring_layout,
 )
 from vq.errors import AddressError, DriverError, UsageError
+from vq.lanes import ADDRESSES, alike
 from vq.memory import GuestMemory, address_of, fence, order_loads, order_stores
 
 __all__ = ["Chain", "InflightLog", "Run", "SplitRing"]
@@ -52,6 +53,7 @@ _DESCRIPTOR = struct.Struct("<QIHH")
 _ELEMENT = struct.Struct("<II")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
+_ADDRESS = (1 << 64) - 1  # the first of a column of addresses
 _MAX_WALK = 1 << 15
 """Descriptors and buffers of one burst, unless one chain alone has more: with indirect tables 64
 chains could have two million."""
@@ -188,6 +190,9 @@ class SplitRing:
         self._flags = self._table.cast("H")[6::8]
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
+        # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
+        self._heads = array("I", range(size))
+        self._words_in_turn = array("H", range(size)).tobytes()
         self._used_gpa = used
         self._used_event = layout.used_event // 2
         self._avail_event = layout.avail_event // 2
@@ -838,12 +843,13 @@ class Run:
     """
 
     def __init__(self, ring: SplitRing, *, writable: bool) -> None:
-        self.heads: list[int] = []
-        self.addresses: list[int] = []
-        self.lengths: list[int] = []
+        self.heads = array("I")
+        self.addresses = array("Q")
+        self.lengths = array("I")
         self.shortest = 0
         self._ring = ring
         self._flag = DESC_F_WRITE if writable else 0
+        self._flag_word = self._flag.to_bytes(2, "little")
         self._region = ring._window
         self.base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
 
@@ -867,8 +873,8 @@ class Run:
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        heads = ring._avail_words[2 + slot : 2 + slot + count].tolist()
-        if not self._take(heads):
+        heads = self._take(ring._avail_words[2 + slot : 2 + slot + count].tobytes())
+        if not heads:
             return 0
         self.heads += heads
         ring._next_avail = (ring._next_avail + count) & 0xFFFF
@@ -882,17 +888,13 @@ class Run:
         The driver sees them after `SplitRing.publish`.
         """
         ring, count = self._ring, len(written)
-        if count == len(self.heads):
-            heads = self.heads
-            self.heads = []
-        else:
-            heads = self.heads[:count]
-            del self.heads[:count]
         if not count:
             return
+        heads = self.heads[:count]
+        del self.heads[:count]
         outstanding = ring._outstanding
         first = heads[0]
-        if heads == list(range(first, first + count)):
+        if heads == ring._heads[first : first + count]:
             outstanding[first : first + count] = [None] * count
         else:
             for head in heads:
@@ -928,8 +930,9 @@ class Run:
         end = self.base + self._region[1]
         if min(addresses) < self.base or max(map(add, addresses, lengths)) > end:
             return False
-        self.heads = [chain.head for chain in chains]
-        self.addresses, self.lengths, self.shortest = addresses, lengths, min(lengths)
+        self.heads = array("I", [chain.head for chain in chains])
+        self.addresses, self.lengths = array("Q", addresses), array("I", lengths)
+        self.shortest = min(lengths)
         for head in self.heads:
             ring._outstanding[head] = self
         ring._order.clear()
@@ -947,66 +950,68 @@ class Run:
             chains.append(chain)
         if ring._in_order:
             ring._order.extend(chains)
-        self.heads, self.addresses, self.lengths = [], [], []
+        for column in (self.heads, self.addresses, self.lengths):
+            del column[:]
         return chains
 
-    def _take(self, heads: list[int]) -> bool:
-        """Reads the descriptors at `heads` once; whether all of them pass.
+    def _take(self, words: bytes) -> array[int] | None:
+        """Reads the descriptors whose heads these entries of the available ring are, each once.
 
-        Each check is one for all of them, so it does not say which is to blame.
+        Returns the heads if all of them pass. Each check is one for all of them, so it does not say
+        which is to blame.
         """
-        ring, count, first = self._ring, len(heads), heads[0]
-        end = first + count
+        ring, count = self._ring, len(words) // 2
         outstanding = ring._outstanding
+        first = int.from_bytes(words[:2], "little")
+        end = first + count
         held: list[Chain | Run | None]
-        in_turn = heads == list(range(first, end)) and end <= ring.size
+        in_turn = words == ring._words_in_turn[2 * first : 2 * end]
         if in_turn:  # as drivers mostly hand out a queue's descriptors
-            addresses = ring._addresses[first:end].tolist()
-            lengths = ring._lengths[first:end].tolist()
-            flags = ring._flags[first:end].tolist()
+            heads = ring._heads[first:end]
+            addresses = ring._addresses[first:end].tobytes()
+            lengths = array("I", ring._lengths[first:end].tobytes())
+            flags = ring._flags[first:end].tobytes()
             held = outstanding[first:end]
-        elif max(heads) < ring.size and len(set(heads)) == count:
-            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
-            addresses = copy.cast("Q")[::2].tolist()
-            lengths = copy.cast("I")[2::4].tolist()
-            flags = copy.cast("H")[6::8].tolist()
-            held = [outstanding[head] for head in heads]
         else:
-            return False
-        shortest, longest = lengths[0], lengths[0]
-        if lengths.count(shortest) != count:
+            heads = array("I", memoryview(words).cast("H").tolist())
+            if max(heads) >= ring.size or len(set(heads)) != count:
+                return None
+            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
+            addresses = copy.cast("Q")[::2].tobytes()
+            lengths = array("I", copy.cast("I")[2::4].tobytes())
+            flags = copy.cast("H")[6::8].tobytes()
+            held = [outstanding[head] for head in heads]
+        shortest = longest = lengths[0]
+        if not alike(lengths):
             shortest, longest = min(lengths), max(lengths)
-        if (
-            flags.count(self._flag) != count
-            or held.count(None) != count
-            or not shortest
-            or not self._region_holds(min(addresses), max(addresses) + longest)
-        ):
-            return False
+        if flags != self._flag_word * count or held.count(None) != count or not shortest:
+            return None
+        column = ADDRESSES.column(addresses)
+        if not self._region_holds(column, count, longest):
+            return None
         self.shortest = min(shortest, self.shortest) if self.heads else shortest
-        shift = self.base - self._region[0]
-        self.addresses += [address + shift for address in addresses]
+        self.addresses.frombytes(ADDRESSES.moved(column, count, self.base - self._region[0]))
         self.lengths += lengths
         if in_turn:
             outstanding[first:end] = [self] * count
         else:
             for head in heads:
                 outstanding[head] = self
-        return True
+        return heads
 
-    def _region_holds(self, start: int, end: int) -> bool:
-        """Whether the one region has all guest-physical addresses from `start` to `end`."""
+    def _region_holds(self, addresses: int, count: int, length: int) -> bool:
+        """Whether the one region has so many bytes at each of these guest-physical addresses."""
         base, size, _ = self._region
-        if base <= start and end <= base + size:
+        if ADDRESSES.between(addresses, count, base, base + size - length):
             return True
         if self.heads:
             return False
         try:  # it may be another region from now on
-            base, size, _ = self._region = self._ring._window_at(start)
+            base, size, _ = self._region = self._ring._window_at(addresses & _ADDRESS)
         except AddressError:
             return False
         self.base = self._ring.memory.hvaddr(base)
-        return end <= base + size
+        return ADDRESSES.between(addresses, count, base, base + size - length)
 
     def _mark_dirty(self, written: Sequence[int]) -> None:
         shift = self._region[0] - self.base
@@ -1029,8 +1034,9 @@ def _words(count: int) -> struct.Struct:
 
 def _doublewords(values: Sequence[int]) -> array[int]:
     """32-bit words in the byte order of the ring."""
-    words = array("I", values)
+    words = values if isinstance(values, array) and values.typecode == "I" else array("I", values)
     if _BIG_ENDIAN:
+        words = words[:]
         words.byteswap()
     return words
 

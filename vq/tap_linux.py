@@ -33,6 +33,7 @@ from vq.gather import Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
+from vq.lanes import all_between
 from vq.link import (
     MAX_FRAME,
     SHORT_OF_MEMORY,
@@ -117,29 +118,29 @@ class _Batches:
         except BaseException:
             self.ring.close()
             raise
-        self._headers = [NET_HDR_SIZE] * self.COUNT
-        self._prepared: list[int] = []  # lengths that the entries for writing are prepared for
+        self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
+        self._prepared = array("I")  # lengths that the entries for writing are prepared for
 
-    def read(self, places: Places) -> list[int]:
+    def read(self, places: Places) -> array[int]:
         """Reads a frame into each place; returns their lengths, or negative error numbers."""
         addresses, lengths = places
         count = len(addresses)
         first = self.COUNT
-        self.ring.addresses[first : first + count] = array("Q", addresses)
-        self.ring.lengths[first : first + count] = array("I", lengths)
+        self.ring.addresses[first : first + count] = addresses
+        self.ring.lengths[first : first + count] = lengths
         return self.ring.submit(first, count)
 
-    def write(self, lengths: Sequence[int]) -> list[int]:
+    def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
         count = len(lengths)
         if lengths != self._prepared[:count]:
             starts = accumulate(lengths, initial=self.slab.address)
             self.ring.addresses[:count] = array("Q", starts)[:count]
-            self.ring.lengths[:count] = array("I", lengths)
-            self._prepared = list(lengths)
+            self.ring.lengths[:count] = lengths
+            self._prepared = lengths[:]
         return self.ring.submit(0, count)
 
-    def gather_headers(self, addresses: Sequence[int]) -> memoryview:
+    def gather_headers(self, addresses: array[int]) -> memoryview:
         """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
         count = len(addresses)
         self.slab.gather(addresses, self._headers[:count], NET_HDR_SIZE * count)
@@ -159,12 +160,12 @@ class _TapOutbox:
         self._port = port
         self._batches = batches
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """See `vq.link.Outbox.take`."""
         self._batches.slab.gather(addresses, lengths, total)
         return self._batches.slab.view
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         """See `vq.link.Outbox.send`."""
         port = self._port
         if not port.active:
@@ -176,7 +177,7 @@ class _TapOutbox:
             port.close()
             return 0
         dealt_with = len(results)
-        if min(results) < 0:
+        if not all_between(results, 0, MAX_FRAME):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
                 dealt_with -= 1  # the port is full: they are sent later, in their order
             for result in results[:dealt_with]:
@@ -364,12 +365,12 @@ class LinuxTapPort(Port):
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
 
-    def _received(self, results: list[int], places: Places) -> list[int]:
+    def _received(self, results: array[int], places: Places) -> array[int]:
         """The lengths of the frames that came, which stand in the first places then."""
-        if min(results) > 0 and max(results) <= self.longest + NET_HDR_SIZE:
-            return results
+        if all_between(results, 1, self.longest + NET_HDR_SIZE):
+            return array("I", results.tobytes())
         addresses, sizes = places
-        lengths: list[int] = []
+        lengths = array("I")
         for index, result in enumerate(results):
             if result >= sizes[index]:  # cut
                 self._too_long()
