@@ -25,6 +25,7 @@ from vq.offload import ALL, Offload
 
 __all__ = [
     "MAX_FRAME",
+    "MOST_AT_ONCE",
     "SHORT_OF_MEMORY",
     "Frame",
     "FrameBuffer",
@@ -49,6 +50,8 @@ Frame: TypeAlias = list[FrameBuffer]
 
 SHORT_OF_MEMORY = frozenset((errno.ENOBUFS, errno.ENOMEM))
 """Errors that pass: the kernel has no memory just now. A link that reports one is not broken."""
+MOST_AT_ONCE = 128
+"""Short frames that are moved together at most, by an outbox or to places lent apart."""
 MAX_FRAME = 262144
 """The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 
@@ -78,7 +81,7 @@ class PlacesRoom(Room, Protocol):
 
     def lend_apart(self, limit: int, longest: int) -> Places | None:
         """A place each for up to `limit` frames of up to `longest` bytes, and a byte more, by which
-        the link knows a frame that was longer.
+        the link knows a frame that was longer. They are `MOST_AT_ONCE` at most.
 
         None when frames have to be dealt with one by one.
         """
@@ -112,7 +115,7 @@ class Outbox(Protocol):
     """
 
     most_bytes: int
-    """What it takes at a time, net headers included; frames are at most 64."""
+    """What it takes at a time, net headers included; frames are at most `MOST_AT_ONCE`."""
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """A private copy of frames with their net headers, one right behind another, in `total`
@@ -135,6 +138,8 @@ class Port(ABC):
     """Called by a port without a file descriptor when frames start to wait in it."""
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
+    burst = 64
+    """Frames that are best read at a time, now."""
     none_waits_inside: ClassVar[bool] = False
     """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
     read before there is none. A port that keeps frames in this process must be read to the end."""

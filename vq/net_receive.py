@@ -25,7 +25,7 @@ from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
 from vq.lanes import total
-from vq.link import MAX_FRAME, Frame, Places, scatter
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
 from vq.packet import copy_range, cut
@@ -48,8 +48,8 @@ _VECTORS = 2048
 _NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
-_ONES = memoryview(b"\1" * _REFILL)
-_ZEROS = memoryview(bytes(_REFILL))
+_ONES = memoryview(b"\1" * MOST_AT_ONCE)
+_ZEROS = memoryview(bytes(MOST_AT_ONCE))
 
 
 class ReceiveWindow:
@@ -189,8 +189,9 @@ class ReceiveWindow:
             return None
         self._usual.give_back()
         run = self._usual.run
+        limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
-            self._usual.refill()
+            self._usual.refill(limit)
         if run.shortest <= NET_HDR_SIZE + longest:
             return None
         return run.addresses[:limit], run.lengths[:limit]
@@ -545,9 +546,9 @@ class _UsualBuffers:
         self._first = 0  # the vector of the run's first buffer
         self._shown = 0  # buffers that have a vector; the spill's is behind them
 
-    def refill(self) -> bool:
-        """Takes more buffers; whether there were any."""
-        taken = self.run.pop(_REFILL)
+    def refill(self, limit: int = _REFILL) -> bool:
+        """Takes up to `limit` more buffers; whether there were any."""
+        taken = self.run.pop(limit)
         self.left += taken
         return taken > 0
 

@@ -19,21 +19,19 @@ from typing import TypeAlias
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
 from vq.lanes import alike, total
-from vq.link import MAX_FRAME, Frame, Link, Outbox
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
 from vq.split_ring import Chain, Run
 
-__all__ = ["MOST_AT_ONCE", "Burst", "FrameMaker", "Responder"]
+__all__ = ["Burst", "FrameMaker", "Responder"]
 
 Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
 """Is shown a frame from the guest, and gives the whole frame that answers it, or None.
 
 The pieces are views of guest memory, whose bytes may change between two looks at them.
 """
-MOST_AT_ONCE = 64
-"""Frames that `send_plain` looks at together."""
 _DETOUR = 64
 """Bursts that go the plain way before the short one is tried again."""
 _ETHERNET = 14

@@ -36,6 +36,7 @@ from vq.ioctl import linux as _number
 from vq.lanes import all_between
 from vq.link import (
     MAX_FRAME,
+    MOST_AT_ONCE,
     SHORT_OF_MEMORY,
     Frame,
     FrameBuffer,
@@ -108,7 +109,7 @@ class _Batches:
     Raises `OSError` where the kernel does not have it.
     """
 
-    COUNT = 64
+    COUNT = MOST_AT_ONCE
     BYTES = 2048 * COUNT
 
     def __init__(self, fd: int) -> None:
@@ -290,6 +291,7 @@ class LinuxTapPort(Port):
         by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
         if by_address is not None and limit >= _FEW:
             moved_apart = self._read_apart(by_address, limit)
+            self.burst = Port.burst if moved_apart is None else _Batches.COUNT
             if moved_apart is not None:
                 return moved_apart
         moved = 0
