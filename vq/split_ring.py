@@ -184,10 +184,7 @@ class SplitRing:
         # An index is loaded and stored by one aligned 16-bit access: these views do that.
         self._avail_words = self._avail.cast("H")
         self._used_words = self._used.cast("H")
-        # Columns of the descriptor table and of the used ring, one item for each entry.
-        self._addresses = self._table.cast("Q")[::2]
-        self._lengths = self._table.cast("I")[2::4]
-        self._flags = self._table.cast("H")[6::8]
+        # Columns of the used ring, one item for each entry.
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
         # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
@@ -849,7 +846,6 @@ class Run:
         self.shortest = 0
         self._ring = ring
         self._flag = DESC_F_WRITE if writable else 0
-        self._flag_word = self._flag.to_bytes(2, "little")
         self._region = ring._window
         self.base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
 
@@ -873,10 +869,14 @@ class Run:
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        heads = self._take(ring._avail_words[2 + slot : 2 + slot + count].tobytes())
-        if not heads:
-            return 0
-        self.heads += heads
+        heads: Sequence[int] | None = None
+        if count == 1:
+            heads = self._take_one(ring._avail_words[2 + slot])
+        if heads is None:
+            heads = self._take(ring._avail_words[2 + slot : 2 + slot + count].tobytes())
+            if heads is None:
+                return 0
+        self.heads.extend(heads)
         ring._next_avail = (ring._next_avail + count) & 0xFFFF
         if ring._inflight_log is not None:
             ring._inflight_log.popped(heads)
@@ -954,6 +954,24 @@ class Run:
             del column[:]
         return chains
 
+    def _take_one(self, head: int) -> Sequence[int] | None:
+        """Reads one descriptor: `_take` for few, which does not pay for columns.
+
+        None leaves it to `_take`, where it is read again.
+        """
+        ring = self._ring
+        if head >= ring.size or ring._outstanding[head] is not None:
+            return None
+        address, length, flags, _ = _DESCRIPTOR.unpack_from(ring._table, head << 4)
+        base, size, _ = self._region
+        if flags != self._flag or address < base or not 0 < length <= base + size - address:
+            return None
+        self.shortest = min(length, self.shortest) if self.heads else length
+        self.addresses.append(address - base + self.base)
+        self.lengths.append(length)
+        ring._outstanding[head] = self
+        return (head,)
+
     def _take(self, words: bytes) -> array[int] | None:
         """Reads the descriptors whose heads these entries of the available ring are, each once.
 
@@ -968,23 +986,25 @@ class Run:
         in_turn = words == ring._words_in_turn[2 * first : 2 * end]
         if in_turn:  # as drivers mostly hand out a queue's descriptors
             heads = ring._heads[first:end]
-            addresses = ring._addresses[first:end].tobytes()
-            lengths = array("I", ring._lengths[first:end].tobytes())
-            flags = ring._flags[first:end].tobytes()
+            copy = ring._table[first << 4 : end << 4].tobytes()
             held = outstanding[first:end]
         else:
             heads = array("I", memoryview(words).cast("H").tolist())
             if max(heads) >= ring.size or len(set(heads)) != count:
                 return None
-            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
-            addresses = copy.cast("Q")[::2].tobytes()
-            lengths = array("I", copy.cast("I")[2::4].tobytes())
-            flags = copy.cast("H")[6::8].tobytes()
+            copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
             held = [outstanding[head] for head in heads]
+        addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
+        flags = array("H", copy)[6::8]
         shortest = longest = lengths[0]
         if not alike(lengths):
             shortest, longest = min(lengths), max(lengths)
-        if flags != self._flag_word * count or held.count(None) != count or not shortest:
+        if (
+            flags[0] != self._flag
+            or not alike(flags)
+            or held.count(None) != count
+            or not shortest
+        ):
             return None
         column = ADDRESSES.column(addresses)
         if not self._region_holds(column, count, longest):
