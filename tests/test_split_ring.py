@@ -1702,6 +1702,43 @@ def test_a_run_takes_only_what_would_pass_as_chains(
         assert min(run.lengths) >= run.shortest
 
 
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("at", ["first", "last"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (0x8000, 16, WRITE),  # in another region
+        (0x7FF0, 17, WRITE),  # over the region's end
+        (0x1000, 0xFFFFFFFF, WRITE),
+        (0x0FFF, 16, WRITE),
+        ((1 << 64) - 8, 16, WRITE),  # wraps around
+        ((1 << 63) + 0x1000, 16, WRITE),
+        (0x2000, 0, WRITE),
+        (0x2000, 16, 0),
+        (0x2000, 16, WRITE | NEXT),
+        (0x2000, 16, WRITE | 0x8000),
+    ],
+)
+def test_one_unusual_buffer_keeps_a_run_from_taking_any(
+    odd: tuple[int, int, int], at: str, count: int
+) -> None:
+    """Alone, beside another, and in a crowd; here nothing else is wrong."""
+    with GuestMemory.allocate((0x1000, 0x7000), (0x8000, 0x1000), (0x10000, 0x1000)) as memory:
+        guest = Guest(memory, size=16)
+        guest.places = [0x10000, 0x10100, 0x10200]
+        for head in range(16):
+            guest.desc(head, 0x1000 + 0x100 * head, 16, WRITE)
+        ring = guest.ring()
+        run = Run(ring, writable=True)
+        guest.offer(0)
+        assert run.pop(16) == 1  # what is held is in this region, and so must others be
+        guest.desc(1 if at == "first" else count, *odd)
+        guest.offer(*range(1, count + 1))
+        assert run.pop(16) == 0 and len(run) == 1 and ring.outstanding == 1
+        guest.desc(1 if at == "first" else count, 0x1000, 16, WRITE)
+        assert run.pop(16) == count
+
+
 def test_usual_chains_are_taken_as_columns(guest: Guest) -> None:
     """The short way is not there in vain: a driver's usual buffers go it, also out of turn."""
     ring = guest.ring()
@@ -1773,8 +1810,8 @@ def test_a_run_stands_in_the_inflight_log() -> None:
         ]
 
 
-@pytest.mark.parametrize("heads", [(1, 2), (2, 0)])
-def test_a_run_takes_no_head_that_is_in_use(guest: Guest, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("heads", [(1, 2), (2, 0), (2,)])
+def test_a_run_takes_no_head_that_is_in_use(guest: Guest, heads: tuple[int, ...]) -> None:
     """Whether a chain or the run itself has it."""
     fill_singles(guest)
     ring = guest.ring()
