@@ -432,6 +432,8 @@ class SplitRing:
         readable or all writable. Each check then is one for all of them.
         """
         first, count = heads[0], len(heads)
+        if self._flags[first & self.size - 1] & ~DESC_F_WRITE:  # the others would be read in vain
+            return []
         end = first + count
         outstanding = self._outstanding
         addresses: Sequence[int]
