@@ -184,7 +184,8 @@ class SplitRing:
         # An index is loaded and stored by one aligned 16-bit access: these views do that.
         self._avail_words = self._avail.cast("H")
         self._used_words = self._used.cast("H")
-        # Columns of the used ring, one item for each entry.
+        # Columns of the descriptor table and of the used ring, one item for each entry.
+        self._flags = self._table.cast("H")[6::8]
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
         # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
