@@ -351,19 +351,28 @@ class SplitRing:
         return heads + _words(count - first).unpack_from(self._avail, 4)
 
     def _read_one(self) -> list[Chain] | None:
-        """The next chain if it is of the usual kind (see `_read_usual`), and None if it is not.
+        """The next chain; None for a head that cannot be.
 
-        Where chains come one at a time, calls cost more than work: here there are none.
+        Where chains come one at a time, calls cost more than work: for the usual kind (see
+        `_read_usual`) there are none here.
         """
         head = self._avail_words[2 + (self._next_avail & (self.size - 1))]
         if _BIG_ENDIAN or head >= self.size or self._outstanding[head] is not None:
             return None
-        address, length, flags, _ = _DESCRIPTOR.unpack_from(self._table, head << 4)
+        descriptor = _DESCRIPTOR.unpack_from(self._table, head << 4)
+        address, length, flags, _ = descriptor
         base, limit, view = self._window
         offset = address - base
         end = offset + length
+        chain: Chain
         if flags & ~DESC_F_WRITE or offset < 0 or end > limit or not length:
-            return None
+            self._walked = 0
+            try:
+                chain = self._outstanding[head] = self._walk(head, descriptor)
+            except DriverError:
+                self._consume(head, resubmitted=False)
+                raise
+            return [chain]
         chain = _Taken()
         chain.head = head
         if flags:
