@@ -407,6 +407,10 @@ class SplitRing:
                 addr, length, flags, _ = descriptor
                 offset = addr - base
                 end = offset + length
+                if (offset < 0 or end > limit) and length:
+                    base, limit, view = self._move_window(addr)
+                    offset = addr - base
+                    end = offset + length
                 if offset < 0 or end > limit or not length:
                     chain = self._walk(head, descriptor)
                     base, limit, view = self._window
@@ -613,6 +617,14 @@ class SplitRing:
         if len(pieces) > _MAX_PIECES:
             raise self._bad(f"a chain of more than {_MAX_PIECES} pieces of memory", head, "2.7.5")
         self._window = self._window_at(addr)  # the next one is probably there, too
+
+    def _move_window(self, gpa: int) -> tuple[int, int, memoryview]:
+        """Has the window show the region around `gpa`, if there is one; returns the window."""
+        try:
+            window = self._window = self._window_at(gpa)
+        except AddressError:
+            return self._window
+        return window
 
     def _window_at(self, gpa: int) -> tuple[int, int, memoryview]:
         """The region around `gpa`: its first address, its size, all of its bytes."""
@@ -1011,12 +1023,7 @@ class Run:
         shortest = longest = lengths[0]
         if not alike(lengths):
             shortest, longest = min(lengths), max(lengths)
-        if (
-            flags[0] != self._flag
-            or not alike(flags)
-            or held.count(None) != count
-            or not shortest
-        ):
+        if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
             return None
         column = ADDRESSES.column(addresses)
         if not self._region_holds(column, count, longest):
