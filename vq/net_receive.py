@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
@@ -49,7 +50,7 @@ _NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * MOST_AT_ONCE)
-_ZEROS = memoryview(bytes(MOST_AT_ONCE))
+_NOTHING_UNDONE = memoryview(bytes(2 * MOST_AT_ONCE)).cast("H")
 
 
 class ReceiveWindow:
@@ -199,10 +200,10 @@ class ReceiveWindow:
     def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         """See `vq.link.PlacesRoom`."""
         count = len(lengths)
-        flags, gso_types = headers[::NET_HDR_SIZE], headers[1::NET_HDR_SIZE]
-        if not _all_zero(flags) or not _all_zero(gso_types):
+        flags_and_gso = headers.cast("H")[:: NET_HDR_SIZE // 2]
+        if flags_and_gso != _NOTHING_UNDONE[:count]:
             as_is = self._as_is
-            if not all(bytes(pair) in as_is for pair in zip(flags, gso_types, strict=True)):
+            if not all(pair.to_bytes(2, sys.byteorder) in as_is for pair in flags_and_gso):
                 self._commit_one_by_one(lengths, headers)
                 return False
         headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
@@ -633,10 +634,6 @@ class _UsualBuffers:
         self._vectors.put(place, run.addresses[self._shown :], run.lengths[self._shown :])
         self._shown = len(run)
         self._vectors.put(self._first + self._shown, *self._spill_place)
-
-
-def _all_zero(column: memoryview) -> bool:
-    return column == _ZEROS[: len(column)]
 
 
 def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:

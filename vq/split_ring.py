@@ -201,7 +201,7 @@ class SplitRing:
 
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
-        self._unpublished: list[int] = []  # heads
+        self._unpublished = array("I")  # heads
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
         self._outstanding: list[Chain | Run | None] = [None] * size  # by head
@@ -675,7 +675,7 @@ class SplitRing:
         finished = self._unpublished
         if not finished:
             return 0
-        self._unpublished = []
+        self._unpublished = array("I")
         self._unsignalled += len(finished)
         index = self._next_used
         log = self._inflight_log
@@ -779,18 +779,22 @@ class SplitRing:
         slot = self._next_used & (size - 1)
         count = len(heads)
         end = slot + count
+        self._next_used = (self._next_used + count) & 0xFFFF
         if count == 1:
             _ELEMENT.pack_into(self._used, 4 + 8 * slot, heads[0], written[0])
-        elif end <= size:
-            self._used_ids[slot:end] = _doublewords(heads)
-            self._used_lengths[slot:end] = _doublewords(written)
+            self._unpublished.append(heads[0])
+            return
+        column = _doublewords(heads)
+        self._unpublished += column
+        ids, lengths = _little_endian(column), _little_endian(_doublewords(written))
+        if end <= size:
+            self._used_ids[slot:end] = ids
+            self._used_lengths[slot:end] = lengths
         else:
-            ids, lengths, first = _doublewords(heads), _doublewords(written), size - slot
+            first = size - slot
             self._used_ids[slot:], self._used_ids[: end - size] = ids[:first], ids[first:]
             self._used_lengths[slot:] = lengths[:first]
             self._used_lengths[: end - size] = lengths[first:]
-        self._next_used = (self._next_used + count) & 0xFFFF
-        self._unpublished += heads
 
     # --- notifications ---------------------------------------------------------------------------
 
@@ -1072,8 +1076,12 @@ def _words(count: int) -> struct.Struct:
 
 
 def _doublewords(values: Sequence[int]) -> array[int]:
-    """32-bit words in the byte order of the ring."""
-    words = values if isinstance(values, array) and values.typecode == "I" else array("I", values)
+    """The values as 32-bit words; for reading only, since they may be the very same array."""
+    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
+
+
+def _little_endian(words: array[int]) -> array[int]:
+    """Words in the byte order of the ring, for reading only."""
     if _BIG_ENDIAN:
         words = words[:]
         words.byteswap()

@@ -121,6 +121,7 @@ class _Batches:
             raise
         self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
+        self._room = array("I")  # and those for reading
 
     def read(self, places: Places) -> array[int]:
         """Reads a frame into each place; returns their lengths, or negative error numbers."""
@@ -128,7 +129,9 @@ class _Batches:
         count = len(addresses)
         first = self.COUNT
         self.ring.addresses[first : first + count] = addresses
-        self.ring.lengths[first : first + count] = lengths
+        if lengths != self._room[:count]:
+            self.ring.lengths[first : first + count] = lengths
+            self._room = lengths
         return self.ring.submit(first, count)
 
     def write(self, lengths: array[int]) -> array[int]:
