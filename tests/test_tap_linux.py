@@ -937,12 +937,12 @@ def take(outbox: Outbox, frames: Sequence[bytes]) -> array[int]:
     buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
     lengths = array("I", map(len, frames))
     taken = outbox.take(array("Q", map(ctypes.addressof, buffers)), lengths, sum(lengths))
-    assert bytes(taken[: sum(lengths)]) == b"".join(frames)
+    assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
     return lengths
 
 
 @needs_tap
-@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
 def test_a_burst_of_short_frames_arrives_in_its_order(
     namespace: str, tap: LinuxTap, count: int
 ) -> None:

@@ -118,10 +118,11 @@ class Outbox(Protocol):
     """What it takes at a time, net headers included; frames are at most `MOST_AT_ONCE`."""
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
-        """A private copy of frames with their net headers, one right behind another, in `total`
-        bytes; what follows in the view means nothing. Addresses are "Q", lengths "I".
+        """Makes a private copy of frames with their net headers, `total` bytes in all.
 
-        Raises `OSError` when that memory cannot be read.
+        Addresses are "Q", lengths "I". Returns the first four bytes of each header in the copy: a
+        view of format "I", with as many words as there are frames. Raises `OSError` when that
+        memory cannot be read.
         """
 
     def send(self, lengths: array[int]) -> int:

@@ -33,7 +33,7 @@ from vq.gather import Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
-from vq.lanes import all_between
+from vq.lanes import alike, all_between
 from vq.link import (
     MAX_FRAME,
     MOST_AT_ONCE,
@@ -97,6 +97,7 @@ IOV_MAX = 1024
 _NOT_NOW = (errno.EAGAIN, *SHORT_OF_MEMORY)
 _LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
 """Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
+_WORD = 4
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -116,11 +117,14 @@ class _Batches:
         self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ), self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
+            self._words = Slab(_WORD * self.COUNT, self.COUNT)
         except BaseException:
             self.ring.close()
             raise
         self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
+        self._word = array("I", [_WORD] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
+        self._starts = array("Q")  # where their frames start
         self._room = array("I")  # and those for reading
 
     def read(self, places: Places) -> array[int]:
@@ -134,15 +138,30 @@ class _Batches:
             self._room = lengths
         return self.ring.submit(first, count)
 
+    def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
+        """Copies frames into the slab, one behind another; the first word of each ("I")."""
+        self.slab.gather(addresses, lengths, total)
+        count, length = len(lengths), lengths[0]
+        if length % _WORD == 0 and alike(lengths):
+            return self.slab.view[:total].cast("I")[:: length // _WORD]
+        self._prepare(lengths)
+        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
+        return self._words.view[: _WORD * count].cast("I")
+
     def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
+        self._prepare(lengths)
+        return self.ring.submit(0, len(lengths))
+
+    def _prepare(self, lengths: array[int]) -> None:
+        """Has the entries for writing name frames of these lengths."""
         count = len(lengths)
         if lengths != self._prepared[:count]:
             starts = accumulate(lengths, initial=self.slab.address)
-            self.ring.addresses[:count] = array("Q", starts)[:count]
+            self._starts = array("Q", list(starts)[:count])
+            self.ring.addresses[:count] = self._starts
             self.ring.lengths[:count] = lengths
             self._prepared = lengths[:]
-        return self.ring.submit(0, count)
 
     def gather_headers(self, addresses: array[int]) -> memoryview:
         """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
@@ -153,6 +172,7 @@ class _Batches:
     def close(self) -> None:
         self.ring.close()
         self.slab.close()
+        self._words.close()
 
 
 class _TapOutbox:
@@ -166,8 +186,7 @@ class _TapOutbox:
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """See `vq.link.Outbox.take`."""
-        self._batches.slab.gather(addresses, lengths, total)
-        return self._batches.slab.view
+        return self._batches.gather_frames(addresses, lengths, total)
 
     def send(self, lengths: array[int]) -> int:
         """See `vq.link.Outbox.send`."""
