@@ -192,7 +192,7 @@ class ReceiveWindow:
         run = self._usual.run
         limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
-            self._usual.refill(limit)
+            self._usual.refill(MOST_AT_ONCE)
         if run.shortest <= NET_HDR_SIZE + longest:
             return None
         return run.addresses[:limit], run.lengths[:limit]
