@@ -53,6 +53,7 @@ _DESCRIPTOR = struct.Struct("<QIHH")
 _ELEMENT = struct.Struct("<II")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
+_FEW = 10  # chains that are not worth columns
 _ADDRESS = (1 << 64) - 1  # the first of a column of addresses
 _MAX_WALK = 1 << 15
 """Descriptors and buffers of one burst, unless one chain alone has more: with indirect tables 64
@@ -897,13 +898,12 @@ class Run:
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        heads: Sequence[int] | None = None
-        if count == 1:
-            heads = self._take_one(ring._avail_words[2 + slot])
-        if heads is None:
-            heads = self._take(ring._avail_words[2 + slot : 2 + slot + count].tobytes())
-            if heads is None:
-                return 0
+        words = ring._avail_words[2 + slot : 2 + slot + count]
+        heads: Sequence[int] = self._take_few(words.tolist()) if count <= _FEW else ()
+        if not heads:
+            heads = self._take(words.tobytes())
+        if not heads:
+            return 0
         self.heads.extend(heads)
         ring._next_avail = (ring._next_avail + count) & 0xFFFF
         if ring._inflight_log is not None:
@@ -968,6 +968,8 @@ class Run:
 
     def to_chains(self) -> list[Chain]:
         """Goes over to chains: they are outstanding in place of what the run held."""
+        if not self.heads:
+            return []
         ring, view = self._ring, self._region[2]
         chains: list[Chain] = []
         for head, address, length in zip(self.heads, self.addresses, self.lengths, strict=True):
@@ -982,29 +984,36 @@ class Run:
             del column[:]
         return chains
 
-    def _take_one(self, head: int) -> Sequence[int] | None:
-        """Reads one descriptor: `_take` for few, which does not pay for columns.
-
-        None leaves it to `_take`, where it is read again.
-        """
+    def _take_few(self, heads: list[int]) -> Sequence[int]:
+        """`_take` for a handful, which does not pay for columns; the heads if all of them pass."""
         ring = self._ring
-        if head >= ring.size or ring._outstanding[head] is not None:
-            return None
-        address, length, flags, _ = _DESCRIPTOR.unpack_from(ring._table, head << 4)
-        base, size, _ = self._region
-        if flags != self._flag or address < base or not 0 < length <= base + size - address:
-            return None
-        self.shortest = min(length, self.shortest) if self.heads else length
-        self.addresses.append(address - base + self.base)
-        self.lengths.append(length)
-        ring._outstanding[head] = self
-        return (head,)
+        outstanding, table, size = ring._outstanding, ring._table, ring.size
+        start, room, _ = self._region
+        end, shift = start + room, self.base - start
+        before = len(self.addresses)
+        for head in heads:
+            if head >= size or outstanding[head] is not None:
+                break
+            address, length, flags, _ = _DESCRIPTOR.unpack_from(table, head << 4)
+            if flags != self._flag or address < start or not 0 < length <= end - address:
+                break
+            self.addresses.append(address + shift)
+            self.lengths.append(length)
+            outstanding[head] = self
+        else:
+            shortest = min(self.lengths[before:])
+            self.shortest = min(shortest, self.shortest) if before else shortest
+            return heads
+        for head in heads[: len(self.addresses) - before]:
+            outstanding[head] = None
+        del self.addresses[before:], self.lengths[before:]
+        return ()
 
-    def _take(self, words: bytes) -> array[int] | None:
+    def _take(self, words: bytes) -> Sequence[int]:
         """Reads the descriptors whose heads these entries of the available ring are, each once.
 
-        Returns the heads if all of them pass. Each check is one for all of them, so it does not say
-        which is to blame.
+        Returns the heads if all of them pass, else none. Each check is one for all of them, so it
+        does not say which is to blame.
         """
         ring, count = self._ring, len(words) // 2
         outstanding = ring._outstanding
@@ -1019,7 +1028,7 @@ class Run:
         else:
             heads = array("I", memoryview(words).cast("H").tolist())
             if max(heads) >= ring.size or len(set(heads)) != count:
-                return None
+                return ()
             copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
             held = [outstanding[head] for head in heads]
         addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
@@ -1028,10 +1037,10 @@ class Run:
         if not alike(lengths):
             shortest, longest = min(lengths), max(lengths)
         if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
-            return None
+            return ()
         column = ADDRESSES.column(addresses)
         if not self._region_holds(column, count, longest):
-            return None
+            return ()
         self.shortest = min(shortest, self.shortest) if self.heads else shortest
         self.addresses.frombytes(ADDRESSES.moved(column, count, self.base - self._region[0]))
         self.lengths += lengths
