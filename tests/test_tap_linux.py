@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -516,14 +517,69 @@ def test_a_kernel_without_memory_drops_the_frame_and_counts_it(
 
 @needs_tap
 def test_a_tap_that_was_deleted_raises_and_is_down(namespace: str, tap: LinuxTap) -> None:
+    assert not tap.is_gone
     ip("-n", namespace, "link", "del", tap.name)
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].write_burst([[PLAIN, bytes(60)]])
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(PieceRoom(), 1)
-    assert not tap.is_up
+    assert tap.is_gone and not tap.is_up
     with pytest.raises(OSError, match="the tap is gone"):
         assert tap.mtu
+
+
+@needs_tap
+@pytest.mark.parametrize("queues", [1, 2])
+def test_a_tap_that_was_deleted_and_made_again_is_taken_up(namespace: str, queues: int) -> None:
+    """The descriptors stay what they are, and so does whoever else has them."""
+    several = ["multi_queue"] if queues > 1 else []
+    changes: list[bool] = []
+    with closing(LinuxTap("tl-again", queues=queues, namespace=namespace)) as tap:
+        tap.on_change = lambda: changes.append(tap.is_up)
+        fds = [port.fileno() for port in tap.ports]
+        tap.request_offloads(ALL)
+        tap.activate_ports(1)
+        ip("-n", namespace, "link", "del", "tl-again")
+        tap.recover()
+        assert tap.is_gone and not changes
+        assert "tl-again" not in ip("-n", namespace, "link"), "nobody else would look for it there"
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tap", *several)
+        tap.recover()
+        assert changes == [False] and not tap.is_gone
+        assert tap.delivers == Offload.NONE and all(port.active for port in tap.ports)
+        assert [port.fileno() for port in tap.ports] == fds
+        tap.recover()
+        assert len(changes) == 1
+        tap.activate_ports(1)
+        configure(namespace, tap)
+        with udp_socket(namespace) as sock:
+            tap.ports[0].write_burst([[PLAIN, udp(1000, sock.getsockname()[1], b"again")]])
+            assert sock.recv(100) == b"again"
+            sock.sendto(b"answer", (OURS, 1000))
+        room = PieceRoom()
+        receive(tap.ports[0], room, lambda: b"answer" in b"".join(f[1] for f in room.frames))
+
+
+@needs_tap
+def test_what_cannot_take_a_deleted_taps_place_is_told(namespace: str) -> None:
+    with closing(LinuxTap("tl-again", queues=2, namespace=namespace)) as tap:
+        ip("-n", namespace, "link", "del", "tl-again")
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tun")
+        with pytest.raises(UsageError, match="the network interface tl-again is not a tap"):
+            tap.recover()
+        ip("-n", namespace, "link", "del", "tl-again")
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tap")
+        with pytest.raises(UsageError, match="made with one queue"):
+            tap.recover()
+        assert tap.is_gone
+    with closing(LinuxTap("tl-again", namespace=namespace)) as tap:
+        ip("-n", namespace, "link", "del", "tl-again")
+        with (
+            closing(LinuxTap("tl-again", namespace=namespace)),
+            pytest.raises(OSError, match="in use by another program"),
+        ):
+            tap.recover()
+        assert tap.is_gone
 
 
 # --- frames from the kernel ----------------------------------------------------------------------
@@ -896,9 +952,10 @@ class LendingRoom:
 
     def lend_apart(self, limit: int, longest: int) -> Places:
         free = self.memory[len(self.lengths) :][:limit]
-        return [ctypes.addressof(place) for place in free], [self.size] * len(free)
+        addresses = array("Q", map(ctypes.addressof, free))
+        return addresses, array("I", [self.size] * len(free))
 
-    def commit_apart(self, lengths: list[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         assert len(headers) == 12 * len(lengths)
         assert bytes(headers) == bytes(len(headers))
         headers[10::12] = b"\7" * len(lengths)
@@ -930,17 +987,17 @@ def outbox_of(tap: LinuxTap) -> Outbox:
     return outbox
 
 
-def take(outbox: Outbox, frames: Sequence[bytes]) -> list[int]:
+def take(outbox: Outbox, frames: Sequence[bytes]) -> array[int]:
     """Has the outbox take frames that lie apart in memory; returns their lengths."""
     buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
-    lengths = [len(frame) for frame in frames]
-    taken = outbox.take([ctypes.addressof(b) for b in buffers], lengths, sum(lengths))
-    assert bytes(taken[: sum(lengths)]) == b"".join(frames)
+    lengths = array("I", map(len, frames))
+    taken = outbox.take(array("Q", map(ctypes.addressof, buffers)), lengths, sum(lengths))
+    assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
     return lengths
 
 
 @needs_tap
-@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
 def test_a_burst_of_short_frames_arrives_in_its_order(
     namespace: str, tap: LinuxTap, count: int
 ) -> None:
@@ -994,7 +1051,7 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
 ) -> None:
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
     assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     assert tap.ports[0].dropped == dropped
 
@@ -1003,9 +1060,9 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
 def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap) -> None:
     outbox = outbox_of(tap)
     ip("-n", namespace, "link", "del", tap.name)
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(LendingRoom(2000), 64)
 
 
@@ -1014,10 +1071,11 @@ def test_memory_that_is_not_there_is_an_error_and_nothing_is_sent(tap: LinuxTap)
     """As when a guest's file was cut short: a signal would end the process."""
     outbox = outbox_of(tap)
     with pytest.raises(OSError, match="Bad address"):
-        outbox.take([1 << 20], [64], 64)
+        outbox.take(array("Q", [1 << 20]), array("I", [64]), 64)
     present = ctypes.create_string_buffer(64)
     with pytest.raises(OSError, match="Bad address"):
-        outbox.take([ctypes.addressof(present), 1 << 20], [64, 64], 128)
+        addresses = array("Q", [ctypes.addressof(present), 1 << 20])
+        outbox.take(addresses, array("I", [64, 64]), 128)
 
 
 @needs_tap
@@ -1068,10 +1126,10 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
     outbox_of(tap)
     room = LendingRoom(100)
 
-    def submit(*_: object) -> list[int]:
+    def submit(*_: object) -> array[int]:
         for number, place in enumerate(room.memory[:4]):
             place[12:] = bytes([number]) * 88
-        return [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4]
+        return array("i", [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4])
 
     monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
     tap.ports[0].longest = 80

@@ -33,8 +33,10 @@ from vq.gather import Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
+from vq.lanes import alike, all_between
 from vq.link import (
     MAX_FRAME,
+    MOST_AT_ONCE,
     SHORT_OF_MEMORY,
     Frame,
     FrameBuffer,
@@ -95,6 +97,7 @@ IOV_MAX = 1024
 _NOT_NOW = (errno.EAGAIN, *SHORT_OF_MEMORY)
 _LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
 """Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
+_WORD = 4
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -107,39 +110,60 @@ class _Batches:
     Raises `OSError` where the kernel does not have it.
     """
 
-    COUNT = 64
+    COUNT = MOST_AT_ONCE
     BYTES = 2048 * COUNT
 
     def __init__(self, fd: int) -> None:
         self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ), self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
+            self._words = Slab(_WORD * self.COUNT, self.COUNT)
         except BaseException:
             self.ring.close()
             raise
-        self._headers = [NET_HDR_SIZE] * self.COUNT
-        self._prepared: list[int] = []  # lengths that the entries for writing are prepared for
+        self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
+        self._word = array("I", [_WORD] * self.COUNT)
+        self._prepared = array("I")  # lengths that the entries for writing are prepared for
+        self._starts = array("Q")  # where their frames start
+        self._room = array("I")  # and those for reading
 
-    def read(self, places: Places) -> list[int]:
+    def read(self, places: Places) -> array[int]:
         """Reads a frame into each place; returns their lengths, or negative error numbers."""
         addresses, lengths = places
         count = len(addresses)
         first = self.COUNT
-        self.ring.addresses[first : first + count] = array("Q", addresses)
-        self.ring.lengths[first : first + count] = array("I", lengths)
+        self.ring.addresses[first : first + count] = addresses
+        if lengths != self._room[:count]:
+            self.ring.lengths[first : first + count] = lengths
+            self._room = lengths
         return self.ring.submit(first, count)
 
-    def write(self, lengths: Sequence[int]) -> list[int]:
+    def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
+        """Copies frames into the slab, one behind another; the first word of each ("I")."""
+        self.slab.gather(addresses, lengths, total)
+        count, length = len(lengths), lengths[0]
+        if length % _WORD == 0 and alike(lengths):
+            return self.slab.view[:total].cast("I")[:: length // _WORD]
+        self._prepare(lengths)
+        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
+        return self._words.view[: _WORD * count].cast("I")
+
+    def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
+        self._prepare(lengths)
+        return self.ring.submit(0, len(lengths))
+
+    def _prepare(self, lengths: array[int]) -> None:
+        """Has the entries for writing name frames of these lengths."""
         count = len(lengths)
         if lengths != self._prepared[:count]:
             starts = accumulate(lengths, initial=self.slab.address)
-            self.ring.addresses[:count] = array("Q", starts)[:count]
-            self.ring.lengths[:count] = array("I", lengths)
-            self._prepared = list(lengths)
-        return self.ring.submit(0, count)
+            self._starts = array("Q", list(starts)[:count])
+            self.ring.addresses[:count] = self._starts
+            self.ring.lengths[:count] = lengths
+            self._prepared = lengths[:]
 
-    def gather_headers(self, addresses: Sequence[int]) -> memoryview:
+    def gather_headers(self, addresses: array[int]) -> memoryview:
         """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
         count = len(addresses)
         self.slab.gather(addresses, self._headers[:count], NET_HDR_SIZE * count)
@@ -148,6 +172,7 @@ class _Batches:
     def close(self) -> None:
         self.ring.close()
         self.slab.close()
+        self._words.close()
 
 
 class _TapOutbox:
@@ -159,12 +184,11 @@ class _TapOutbox:
         self._port = port
         self._batches = batches
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """See `vq.link.Outbox.take`."""
-        self._batches.slab.gather(addresses, lengths, total)
-        return self._batches.slab.view
+        return self._batches.gather_frames(addresses, lengths, total)
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         """See `vq.link.Outbox.send`."""
         port = self._port
         if not port.active:
@@ -176,7 +200,7 @@ class _TapOutbox:
             port.close()
             return 0
         dealt_with = len(results)
-        if min(results) < 0:
+        if not all_between(results, 0, MAX_FRAME):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
                 dealt_with -= 1  # the port is full: they are sent later, in their order
             for result in results[:dealt_with]:
@@ -289,6 +313,7 @@ class LinuxTapPort(Port):
         by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
         if by_address is not None and limit >= _FEW:
             moved_apart = self._read_apart(by_address, limit)
+            self.burst = Port.burst if moved_apart is None else _Batches.COUNT
             if moved_apart is not None:
                 return moved_apart
         moved = 0
@@ -318,7 +343,7 @@ class LinuxTapPort(Port):
             if error.errno == errno.EAGAIN:
                 self._none_waits()
             elif error.errno not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
-                raise
+                raise _in_words(error) from None
         return moved
 
     def _read_frame(self, views: Sequence[memoryview]) -> int:
@@ -364,12 +389,12 @@ class LinuxTapPort(Port):
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
 
-    def _received(self, results: list[int], places: Places) -> list[int]:
+    def _received(self, results: array[int], places: Places) -> array[int]:
         """The lengths of the frames that came, which stand in the first places then."""
-        if min(results) > 0 and max(results) <= self.longest + NET_HDR_SIZE:
-            return results
+        if all_between(results, 1, self.longest + NET_HDR_SIZE):
+            return array("I", results.tobytes())
         addresses, sizes = places
-        lengths: list[int] = []
+        lengths = array("I")
         for index, result in enumerate(results):
             if result >= sizes[index]:  # cut
                 self._too_long()
@@ -378,7 +403,7 @@ class LinuxTapPort(Port):
                     ctypes.memmove(addresses[len(lengths)], addresses[index], result)
                 lengths.append(result)
             elif -result not in _NOT_NOW and not lengths:
-                raise OSError(-result, os.strerror(-result))
+                raise _in_words(OSError(-result, os.strerror(-result)))
         if lengths and max(lengths) > NET_HDR_SIZE + self.longest:
             self.on_truncated()  # the MTU has changed
         return lengths
@@ -407,7 +432,7 @@ class LinuxTapPort(Port):
         elif error.errno == errno.EIO:  # tun.c: what a write gives while the interface is down
             self.dropped["interface down"] += 1
         else:
-            raise error
+            raise _in_words(error)
 
     def _read_private(self, views: Sequence[memoryview]) -> int:
         """Reads a frame for a room in more pieces than one readv takes."""
@@ -433,6 +458,7 @@ class LinuxTap(Tap):
 
     _fds: tuple[int, ...]
     _control: socket.socket
+    _namespace: str | None = None
 
     def __init__(
         self,
@@ -453,6 +479,7 @@ class LinuxTap(Tap):
         _check_name(name)
         if queues < 1:
             raise UsageError(f"a tap has at least one queue, not {queues}")
+        self._namespace = namespace
         self._take(_in_namespace(namespace, lambda: _open_queues(name, queues)))
         if persist:
             self._or_close(lambda: fcntl.ioctl(self._fds[0], TUNSETPERSIST, 1))
@@ -469,6 +496,38 @@ class LinuxTap(Tap):
         return tap
 
     # --- what all ports share ---
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the interface was deleted; then the descriptors are of none."""
+        return not all(map(_is_attached, self._fds))
+
+    def recover(self) -> None:
+        """See `Link.recover`."""
+        if self.attach_again() and self.on_change is not None:
+            self.on_change()
+
+    def attach_again(self) -> bool:
+        """See `Tap.attach_again`.
+
+        An interface is looked for where the old one was opened. tun.c: a descriptor whose
+        interface is gone can be attached anew.
+        """
+        lost = [fd for fd in self._fds if not _is_attached(fd)]
+        name, queues = self.name, len(self._fds)
+        if not lost or not _in_namespace(
+            self._namespace, lambda: _attach_to_present(lost, name, queues)
+        ):
+            return False
+        self._set_up_queues()
+        self.was_attached_again()
+        self.request_offloads(Offload.NONE)
+        return True
+
+    def was_attached_again(self) -> None:
+        """See `Tap.was_attached_again`: each queue that is attached is in use."""
+        for port in self.ports:
+            port.active = True
 
     def request_offloads(self, wanted: Offload) -> None:
         """Tells the kernel what it may leave undone; frames that wait already stay as they are."""
@@ -578,16 +637,19 @@ class LinuxTap(Tap):
         if len(names) > 1:
             raise UsageError(f"the file descriptors are of different taps: {sorted(names)}")
         (self.name,) = names
-        for fd in self._fds:
-            os.set_blocking(fd, False)
-            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_SIZE))
-            _set_little_endian(fd)
+        self._set_up_queues()
         self.known_flags = _probe(self._fds[0])
         # What the kernel can be asked to leave undone is also what it can finish.
         self.accepts = tun_offloads(self.known_flags)
         self.min_frame = ETHER_HEADER
         self.ports = tuple(LinuxTapPort(fd, self._measure) for fd in self._fds)
         self.request_offloads(Offload.NONE)
+
+    def _set_up_queues(self) -> None:
+        for fd in self._fds:
+            os.set_blocking(fd, False)
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_SIZE))
+            _set_little_endian(fd)
 
     def _measure(self) -> None:
         """Looks at the MTU again."""
@@ -639,16 +701,7 @@ def _open_queues(name: str, queues: int) -> list[int]:
     try:
         for _ in range(queues):
             fds.append(_open_device())
-            if queues > 1:
-                name = _attach(fds[-1], name, IFF_MULTI_QUEUE)
-                continue
-            try:
-                _attach(fds[-1], name, 0)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                # One queue of a tap that was made for several.
-                _attach(fds[-1], name, IFF_MULTI_QUEUE)
+            name = _attach_one(fds[-1], name, several=queues > 1)
     except OSError as error:
         _close_all(fds)
         raise _explained(error, name, queues) from error
@@ -656,6 +709,21 @@ def _open_queues(name: str, queues: int) -> list[int]:
         _close_all(fds)
         raise
     return fds
+
+
+def _attach_to_present(fds: Sequence[int], name: str, queues: int) -> bool:
+    """Attaches some of a tap's `queues` descriptors to the interface `name`, if there is one.
+
+    It is looked for first, since attaching would make one.
+    """
+    if _kind_of(name) is None:
+        return False
+    try:
+        for fd in fds:
+            _attach_one(fd, name, several=queues > 1)
+    except OSError as error:
+        raise _explained(error, name, queues) from error
+    return True
 
 
 def _open_device() -> int:
@@ -671,6 +739,19 @@ def _open_device() -> int:
         else:
             reason = f"{DEVICE} cannot be opened: {error.strerror}"
         raise OSError(error.errno, reason) from error
+
+
+def _attach_one(fd: int, name: str, *, several: bool) -> str:
+    """Attaches one of several queues, or the only one, and returns the interface's name."""
+    if several:
+        return _attach(fd, name, IFF_MULTI_QUEUE)
+    try:
+        return _attach(fd, name, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # One queue of a tap that was made for several.
+        return _attach(fd, name, IFF_MULTI_QUEUE)
 
 
 def _attach(fd: int, name: str, more: int) -> str:
@@ -729,9 +810,7 @@ def _attached_name(fd: int) -> str:
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EBADF):
             raise UsageError(f"file descriptor {fd} is not an open tap") from error
-        if error.errno == errno.EBADFD:
-            raise OSError(error.errno, "the tap is gone, or was never attached") from error
-        raise
+        raise _in_words(error) from error
     flags = IFREQ.unpack(answer)[1]
     if flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) != IFF_TAP | IFF_NO_PI | IFF_VNET_HDR:
         raise UsageError(
@@ -739,6 +818,21 @@ def _attached_name(fd: int) -> str:
             f"(its flags are {flags:#x})"
         )
     return _name_of(answer)
+
+
+def _is_attached(fd: int) -> bool:
+    try:
+        fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ.size))
+    except OSError as error:
+        return error.errno != errno.EBADFD
+    return True
+
+
+def _in_words(error: OSError) -> OSError:
+    """The same error; what it means for a tap is said where that is something of its own."""
+    if error.errno == errno.EBADFD:
+        return OSError(error.errno, "the tap is gone, or was never attached")
+    return error
 
 
 def _set_little_endian(fd: int) -> None:
