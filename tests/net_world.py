@@ -16,7 +16,7 @@ import pytest
 from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
 from vq.driver import Driver, DriverRing, GuestBuffer
 from vq.gather import IoVectors
-from vq.link import MAX_FRAME, Frame, Link, PlacesRoom, Port, Room, scatter
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
@@ -144,7 +144,7 @@ class ScriptedOutbox:
         self._taken = b""
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
-        assert 1 <= len(addresses) <= 64 and sum(lengths) == total <= self.most_bytes
+        assert 1 <= len(addresses) <= MOST_AT_ONCE and sum(lengths) == total <= self.most_bytes
         frames = list(map(ctypes.string_at, addresses, lengths))
         self._taken = b"".join(frames)
         return memoryview(b"".join(frame[:4] for frame in frames)).cast("I")
