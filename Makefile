@@ -5,6 +5,8 @@
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
+# How the tests run at the same time; PARALLEL= for one after the other.
+PARALLEL = -n logical --maxprocesses 4 --dist loadgroup
 PLATFORMS = linux openbsd7 freebsd14
 
 help:
@@ -26,7 +28,7 @@ demo: $(VENV)/run.done
 	$(BIN)/vq loopback --features -GUEST_CSUM,-MRG_RXBUF
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

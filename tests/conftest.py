@@ -38,10 +38,25 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A module of guests runs in one process (pytest-xdist): a guest serves many of its tests."""
+    for item in items:
+        if "guests" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_collection_finish() -> None:
     """The garbage collector looks no more at what was collected: with ten thousand tests there is
-    so much of it that every look takes a tenth of a second, and some tests look three times.
+    so much of it that every look takes a tenth of a second.
     """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_collector() -> None:
+    """For modules whose tests collect garbage: what there is before them is looked at no more."""
     gc.collect()
     gc.freeze()
 

@@ -46,7 +46,7 @@ from vq.privsep.message import (
 )
 from vq.unix_socket import Listener
 
-SECONDS = 10.0
+SECONDS = 30.0
 
 
 # --- messages ------------------------------------------------------------------------------------

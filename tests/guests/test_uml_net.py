@@ -99,8 +99,8 @@ def test_pings_of_every_size_come_back(uml: UmlGuest, peer: str, size: int) -> N
 @pytest.mark.parametrize("direction", ["", "-R"], ids=["to host", "to guest"])
 def test_tcp(uml: UmlGuest, peer: str, direction: str, offloads: str) -> None:
     summary = transfer(uml, peer, "-t 1", direction)
-    # Far below what any machine does: it tells slow from stuck.
-    assert summary["sum_received"]["bits_per_second"] > 20e6
+    # Far below what any machine does in a second: it tells slow from stuck.
+    assert summary["sum_received"]["bytes"] > 100_000
 
 
 @PEERS
@@ -180,7 +180,7 @@ def test_an_mtu_of_9000(uml: UmlGuest, host: Namespace, offloads: str) -> None:
     assert ", 0% packet loss" in uml.output(f"ping -c 3 -i 0.1 -W 2 -s 8972 {HOST4}")
     for direction in ("", "-R"):
         summary = transfer(uml, HOST4, "-t 1", direction)
-        assert summary["sum_received"]["bits_per_second"] > 20e6
+        assert summary["sum_received"]["bytes"] > 100_000
     uml.output("ip link set eth0 mtu 1500")
     host.run(f"ip link set {TAP} mtu 1500")
 
@@ -269,7 +269,7 @@ def test_two_guests(link: str, tmp_path: Path, uml: UmlGuest, host: Namespace) -
                 assert ", 0% packet loss" in left.output(f"ping -c 3 -i 0.1 -W 2 -s 4000 {peer}")
                 for direction in ("", "-R"):
                     summary = transfer(left, peer, "-t 1", direction)
-                    assert summary["sum_received"]["bits_per_second"] > 20e6
+                    assert summary["sum_received"]["bytes"] > 100_000
                     before = sum(kernel_drops(guest.output, "eth0") for guest in (left, right))
                     summary = transfer(left, peer, "-t 1 -u -b 5M", direction)
                     after = sum(kernel_drops(guest.output, "eth0") for guest in (left, right))
