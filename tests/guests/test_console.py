@@ -213,7 +213,7 @@ def test_megabytes_go_through_a_port_both_ways(multiport: Setting) -> None:
 def test_a_slow_program_at_the_host_stops_the_guest_and_loses_nothing(multiport: Setting) -> None:
     guest, port = multiport.guest, multiport.port("org.vq.data")
     # More than there can be under way in the guest's ring.
-    guest.output("head -c 12M /dev/urandom >/tmp/much")
+    guest.output("head -c 12582912 /dev/urandom >/tmp/much")
     expected = guest.output("md5sum </tmp/much").split()[0]
     with multiport.client("data") as client:
         # (cat would splice, and not wait.)
