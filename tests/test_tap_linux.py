@@ -55,6 +55,8 @@ OUR_MAC = bytes.fromhex("020000000001")
 KERNEL_MAC = bytes.fromhex("020000000002")
 OURS, KERNEL = "198.18.7.1", "198.18.7.2"
 PLAIN = bytes(12)
+UDP_SEGMENT = 103
+"""include/uapi/linux/udp.h: into how many bytes the kernel, or its device, cuts a datagram."""
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -717,6 +719,29 @@ def test_udp_datagrams_go_uncut_into_the_kernel(namespace: str, tap: LinuxTap) -
     assert not tap.ports[0].dropped
 
 
+@needs_tap
+def test_frames_that_wait_while_offloads_are_given_up_are_read_whole(
+    namespace: str, tap: LinuxTap
+) -> None:
+    """Defect: they were dropped as longer than the MTU lets a frame be."""
+    if not tap.accepts & Offload.USO4:
+        pytest.skip("this kernel has no USO")
+    port, room = tap.ports[0], PlacesOfAnySize()
+    tap.request_offloads(ALL)
+    with udp_socket(namespace) as sender:
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1400)
+        sender.sendto(bytes(14_000), (OURS, 7000))
+        tap.request_offloads(Offload.NONE)
+        sender.sendto(bytes(2800), (OURS, 7000))
+        assert port.read_burst(room, 64) == 3
+        assert [length - 54 for length in room.lengths] == [14_000, 1400, 1400]
+        assert port.read_burst(room, 64) == 0
+        sender.sendto(bytes(1400), (OURS, 7000))
+        assert port.read_burst(room, 64) == 1
+    assert room.asked_for[0] > 14_000 > room.asked_for[-1]
+    assert not port.dropped
+
+
 # --- queues --------------------------------------------------------------------------------------
 
 
@@ -1094,6 +1119,27 @@ class VectorRoom(LendingRoom):
 
     def commit_together(self, length: int) -> None:
         self.got.append((bytes(self.memory[0]) + bytes(self.behind))[:length])
+
+
+class PlacesOfAnySize(LendingRoom):
+    """Lends what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.asked_for: list[int] = []
+        self.vectors = IoVectors(1)
+
+    def lend_apart(self, limit: int, longest: int) -> None:  # type: ignore[override]
+        return None
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]
+        self.asked_for.append(longest)
+        self.place = (ctypes.c_ubyte * (longest + 13))()
+        self.vectors.put(0, [ctypes.addressof(self.place)], [longest + 13])
+        return self.vectors, 0, 1
+
+    def commit_together(self, length: int) -> None:
+        self.lengths.append(length)
 
 
 @needs_tap

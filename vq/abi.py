@@ -265,7 +265,7 @@ def index_distance(newer: int, older: int) -> int:
 
 def needs_event(event: int, new: int, old: int) -> bool:
     """Whether moving an index from `old` to `new` passed `event` (virtio 1.3, 2.7.7 and 2.7.10)."""
-    return index_distance(new, event + 1) < index_distance(new, old)
+    return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
 # --- registers of both transports (virtio 1.3, 4.1 and 4.2) --------------------------------------

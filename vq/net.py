@@ -481,10 +481,11 @@ class NetDevice(Device):
                 if burst.left:
                     ring.undo_pop(burst.left)
                 blocked = not self._send(queue, ring, burst.frames, burst.owners, burst.size)
-                if self.holds(queue, ring):
-                    if burst.dropped:
-                        ring.write_used_burst(burst.dropped)
-                    self.publish(queue)
+                if not self.holds(queue, ring):
+                    return False
+                if burst.dropped:
+                    ring.write_used_burst(burst.dropped)
+                self.publish(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
@@ -496,12 +497,11 @@ class NetDevice(Device):
                     return False
                 if burst.left:
                     return True  # that was more than a turn's work
-            elif sent:
+            if sent or len(chains) == BURST:
                 continue
-            elif not ring.enable_kicks():
+            if not ring.enable_kicks():
                 return False
-            else:
-                ring.disable_kicks()
+            ring.disable_kicks()
         return True
 
     def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
@@ -603,7 +603,10 @@ class NetDevice(Device):
         return more
 
     def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
-        """Moves waiting frames into the window; whether there may be more of them."""
+        """Moves waiting frames into the window; whether there may be more of them.
+
+        What the last burst filled is left to the caller to flush.
+        """
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
@@ -616,14 +619,14 @@ class NetDevice(Device):
             for _ in range(BURSTS_PER_TURN):
                 moved = port.read_burst(window, 1 if alone else BURST)
                 frames += moved
+                if alone or moved < BURST:
+                    return False
                 if not self.holds(queue, ring):
                     return False
                 if window.flush():
                     self.publish(queue)
                     if not self.holds(queue, ring):
                         return False
-                if alone or moved < BURST:
-                    return False
         except OSError as error:
             self._port_broke(index, error)
             return False

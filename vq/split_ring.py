@@ -25,7 +25,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from operator import add
 from typing import Protocol
@@ -210,6 +210,11 @@ class SplitRing:
         self._inflight_log = inflight_log
         self._walked = 0  # descriptors and buffers of the chains followed in the present burst
 
+    @cached_property
+    def _each_descriptor(self) -> list[memoryview]:
+        """A view of each descriptor: to copy many of them, in any order, is one call with these."""
+        return [self._table[16 * index : 16 * index + 16] for index in range(self.size)]
+
     def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
         if gpa % align:
             raise DriverError(
@@ -244,11 +249,24 @@ class SplitRing:
 
     def available(self) -> int:
         """How many chains wait to be popped. Raises `DriverError` when the index is impossible."""
-        return len(self._undone) + len(self._resubmit) + self._waiting()
+        return len(self._undone) + len(self._resubmit) + self.waiting()
 
     def waiting(self) -> int:
         """How many chains wait that were never popped. Raises `DriverError` likewise."""
-        return self._waiting()
+        index = self._avail_words[1]
+        if _BIG_ENDIAN:
+            index = _swap16(index)
+        count = (index - self._next_avail) & 0xFFFF
+        if count > self.size:
+            # No telling which entries are meant: none is taken, and what comes next is.
+            self._next_avail = index
+            raise DriverError(
+                f"the available index went {count} entries ahead of the device in a queue"
+                f" of {self.size}",
+                queue=self.name,
+                section="2.7.13.3",
+            )
+        return count
 
     def pop(self) -> Chain | None:
         """The next chain, or None when there is none. Raises `DriverError` for a bad one."""
@@ -264,15 +282,18 @@ class SplitRing:
         """
         if self._undone or self._resubmit:
             return self._pop_again(limit)
-        count = self._waiting()
+        count = self.waiting()
         if count > limit:
             count = limit
         if count <= 0:
             return []
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        chains = self._read_chains(self._read_heads(count))
+        chains = self._read_one() if count == 1 else None
+        if chains is None:
+            chains = self._read_chains(self._read_heads(count))
         self._next_avail = (self._next_avail + len(chains)) & 0xFFFF
-        self._note_popped(chains)
+        if self._in_order or self._inflight_log is not None:
+            self._note_popped(chains)
         return chains
 
     def undo_pop(self, chains: Sequence[Chain]) -> None:
@@ -318,22 +339,6 @@ class SplitRing:
         if self._inflight_log is not None:
             self._inflight_log.popped([chain.head for chain in chains])
 
-    def _waiting(self) -> int:
-        index = self._avail_words[1]
-        if _BIG_ENDIAN:
-            index = _swap16(index)
-        count = (index - self._next_avail) & 0xFFFF
-        if count > self.size:
-            # No telling which entries are meant: none is taken, and what comes next is.
-            self._next_avail = index
-            raise DriverError(
-                f"the available index went {count} entries ahead of the device in a queue"
-                f" of {self.size}",
-                queue=self.name,
-                section="2.7.13.3",
-            )
-        return count
-
     def _read_heads(self, count: int) -> tuple[int, ...]:
         slot = self._next_avail & (self.size - 1)
         first = self.size - slot
@@ -341,6 +346,30 @@ class SplitRing:
             return _words(count).unpack_from(self._avail, 4 + 2 * slot)
         heads = _words(first).unpack_from(self._avail, 4 + 2 * slot)
         return heads + _words(count - first).unpack_from(self._avail, 4)
+
+    def _read_one(self) -> list[Chain] | None:
+        """The next chain if it is of the usual kind (see `_read_usual`), and None if it is not.
+
+        Where chains come one at a time, calls cost more than work: here there are none.
+        """
+        head = self._avail_words[2 + (self._next_avail & (self.size - 1))]
+        if _BIG_ENDIAN or head >= self.size or self._outstanding[head] is not None:
+            return None
+        address, length, flags, _ = _DESCRIPTOR.unpack_from(self._table, head << 4)
+        base, limit, view = self._window
+        offset = address - base
+        end = offset + length
+        if flags & ~DESC_F_WRITE or offset < 0 or end > limit or not length:
+            return None
+        chain = _Taken()
+        chain.head = head
+        if flags:
+            chain.readable, chain.writable = _NO_VIEWS, (view[offset:end],)
+        else:
+            chain.readable, chain.writable = (view[offset:end],), _NO_VIEWS
+        chain.written = 0
+        self._outstanding[head] = chain
+        return [chain]
 
     def _read_chains(self, heads: tuple[int, ...], *, resubmitted: bool = False) -> list[Chain]:
         """The chains at `heads`, up to the first bad one.
@@ -401,6 +430,8 @@ class SplitRing:
         readable or all writable. Each check then is one for all of them.
         """
         first, count = heads[0], len(heads)
+        if self._flags[first & self.size - 1] & ~DESC_F_WRITE:  # the others would be read in vain
+            return []
         end = first + count
         outstanding = self._outstanding
         addresses: Sequence[int]
@@ -593,9 +624,11 @@ class SplitRing:
     def write_used_burst(self, chains: Iterable[Chain]) -> None:
         """Writes the used elements of several chains, in this order; see `write_used`."""
         chains = list(chains)
-        if len(chains) > 1 and (
-            self._write_held(chains) if not self._in_order else self._write_oldest(chains)
-        ):
+        if self._in_order:
+            done = len(chains) > 1 and self._write_oldest(chains)
+        else:
+            done = self._write_one(chains[0]) if len(chains) == 1 else self._write_held(chains)
+        if done:
             return
         outstanding = self._outstanding
         size = self.size
@@ -624,10 +657,10 @@ class SplitRing:
         log = self._inflight_log
         if log is not None:
             log.publishing(finished, index)
+        order_stores()  # the elements are there before the index that covers them (2.7.14)
+        self._used_words[1] = _swap16(index) if _BIG_ENDIAN else index
         if self.memory.dirty_log is not None:
             self.memory.mark_dirty(self._used_gpa, len(self._used))
-        order_stores()  # the elements are there before the index that covers them (2.7.14)
-        self._store_used_word(1, index)
         if log is not None:
             log.published(finished, index)
         if self._resubmitted:
@@ -660,11 +693,27 @@ class SplitRing:
         head = chain.head
         return head < self.size and self._outstanding[head] is chain and head not in self._completed
 
+    def _write_one(self, chain: Chain) -> bool:
+        """Writes the used element of a chain, if it is outstanding."""
+        head = chain.head
+        if head >= self.size or self._outstanding[head] is not chain:
+            return False
+        self._outstanding[head] = None
+        slot = self._next_used & (self.size - 1)
+        _ELEMENT.pack_into(self._used, 4 + 8 * slot, head, chain.written)
+        self._next_used = (self._next_used + 1) & 0xFFFF
+        self._unpublished.append(head)
+        if chain.written and self.memory.dirty_log is not None:
+            self.memory.mark_views_dirty(chain.writable, chain.written)
+        return True
+
     def _write_held(self, chains: list[Chain]) -> bool:
         """Writes the used elements of chains that are outstanding, every one and each once.
 
         If that is not what they are, nothing happens. The comparisons go by identity.
         """
+        if not chains:
+            return False
         first, count = chains[0].head, len(chains)
         outstanding = self._outstanding
         heads: Sequence[int]
@@ -767,7 +816,7 @@ class SplitRing:
             self._store_used_word(0, 0)
         # The wish must be visible before the index is read, or both sides may go to sleep.
         fence()
-        return bool(self.available())
+        return bool(self._undone or self._resubmit or self.waiting())
 
     def _store_used_word(self, index: int, value: int) -> None:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
@@ -816,7 +865,7 @@ class Run:
         if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
             return 0
         slot = ring._next_avail & (ring.size - 1)
-        count = min(ring._waiting(), limit, ring.size - slot)
+        count = min(ring.waiting(), limit, ring.size - slot)
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
@@ -919,12 +968,10 @@ class Run:
             flags = ring._flags[first:end].tolist()
             held = outstanding[first:end]
         elif max(heads) < ring.size and len(set(heads)) == count:
-            flag = ring._flags[first]
-            if flag != self._flag:  # the others would be read for nothing
-                return False
-            addresses = list(map(ring._addresses.__getitem__, heads))
-            lengths = list(map(ring._lengths.__getitem__, heads))
-            flags = list(map(ring._flags.__getitem__, heads))
+            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
+            addresses = copy.cast("Q")[::2].tolist()
+            lengths = copy.cast("I")[2::4].tolist()
+            flags = copy.cast("H")[6::8].tolist()
             held = [outstanding[head] for head in heads]
         else:
             return False

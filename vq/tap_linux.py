@@ -207,6 +207,7 @@ class LinuxTapPort(Port):
         self._longest_usual = _LONGEST_SEGMENTED
         self.longest = MAX_FRAME
         """The longest frame that is expected, in bytes."""
+        self._longest_later: int | None = None
         self.active = True
         """Whether the queue is attached. Whoever polls leaves out ports that are not: the kernel
         reports an error on them without end."""
@@ -232,6 +233,21 @@ class LinuxTapPort(Port):
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def expect(self, longest: int) -> None:
+        """The kernel makes frames of up to `longest` bytes from now on.
+
+        Those that wait in it already stay as they are, so less is expected only after a read has
+        found none.
+        """
+        if longest >= self.longest:
+            self.longest, self._longest_later = longest, None
+        else:
+            self._longest_later = longest
+
+    def _none_waits(self) -> None:
+        if self._longest_later is not None:
+            self.longest, self._longest_later = self._longest_later, None
 
     def write_burst(self, frames: Sequence[Frame]) -> int:
         """Writes frames to the kernel, each with one writev.
@@ -270,25 +286,23 @@ class LinuxTapPort(Port):
         """
         if not self.active:
             return 0
-        lend_together = None
-        if hasattr(room, "lend_apart"):
-            moved_apart = self._read_apart(cast(PlacesRoom, room), limit)
+        by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
+        if by_address is not None and limit >= _FEW:
+            moved_apart = self._read_apart(by_address, limit)
             if moved_apart is not None:
                 return moved_apart
-            lend_together = cast(PlacesRoom, room).lend_together
-            commit_together = cast(PlacesRoom, room).commit_together
         moved = 0
         try:
             while moved < limit:
                 longest = min(self.longest, self._longest_usual)
-                if lend_together and (places := lend_together(longest)):
+                if by_address is not None and (places := by_address.lend_together(longest)):
                     vectors, first, count = places
                     length = vectors.read(self._fd, first, count)
                     if length > NET_HDR_SIZE + longest:
                         self._longest_usual = MAX_FRAME
                         self._too_long()
                         continue
-                    commit_together(length)
+                    by_address.commit_together(length)
                     moved += 1
                     continue
                 views = room.views()
@@ -301,7 +315,9 @@ class LinuxTapPort(Port):
                 room.commit(bytes(self._header), length)
                 moved += 1
         except OSError as error:
-            if error.errno not in _NOT_NOW:  # else the frame waits in the kernel
+            if error.errno == errno.EAGAIN:
+                self._none_waits()
+            elif error.errno not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
                 raise
         return moved
 
@@ -321,7 +337,7 @@ class LinuxTapPort(Port):
         The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
         """
         batches, longest = self._batches, self.longest
-        if batches is None or limit < _FEW:
+        if batches is None:
             return None
         moved, most = 0, self._likely
         while moved < limit:
@@ -343,6 +359,7 @@ class LinuxTapPort(Port):
                     batches.slab.put_back()
                 moved += count
             if count < asked:
+                self._none_waits()
                 break
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
@@ -467,7 +484,7 @@ class LinuxTap(Tap):
         else:
             self.max_frame = min(ETHER_HEADER + TAGS + mtu, MAX_FRAME)
         for port in self.ports:
-            port.longest = self.max_frame
+            port.expect(self.max_frame)
 
     def keep_control(self) -> None:
         """See `Tap.keep_control`."""

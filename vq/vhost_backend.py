@@ -78,6 +78,8 @@ _VHOST_FEATURES = feature_mask(VhostFeature)
 _EVENT = (1).to_bytes(8, sys.byteorder)  # the value has no meaning, but an eventfd adds it up
 _KICKS = (bytearray(4096),)
 """Where kicks are read to; what they say has no meaning. Bytes of their own cost more each time."""
+_FEATURES_OK = int(Status.FEATURES_OK)  # plain integers: flags cost more than the rest of a kick
+_READY = int(Status.FEATURES_OK | Status.DRIVER_OK)
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
@@ -751,7 +753,7 @@ class Backend:
         QEMU 7.2 never says so for some kinds of devices, entropy among them: it leaves the last
         status to the last of several connections, which a device with one connection is not.
         """
-        if self.device.status & (Status.FEATURES_OK | Status.DRIVER_OK) == Status.FEATURES_OK:
+        if self.device.status & _READY == _FEATURES_OK:
             self.device.write_status(self.device.status | Status.DRIVER_OK)
 
     def _poll(self) -> None:

@@ -64,9 +64,10 @@ class _ReplayRing(SplitRing):
         self._told = self.next_used
         self._places = places[2:5]
 
-    def _waiting(self) -> int:
+    def waiting(self) -> int:
+        """See `SplitRing`. Every way to take chains begins here."""
         self._replayed.reveal_next()
-        return super()._waiting()
+        return super().waiting()
 
     def publish(self) -> int:
         """See `SplitRing`."""

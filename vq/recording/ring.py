@@ -190,12 +190,12 @@ class RecordingRing(SplitRing):
         """From now on this is a ring like any other."""
         self._recording = False
 
-    def _waiting(self) -> int:
+    def waiting(self) -> int:
         """Every way to take chains begins here: what is there is written down first."""
         if not self._recording:
-            return super()._waiting()
+            return super().waiting()
         try:
-            count = super()._waiting()
+            count = super().waiting()
         except DriverError:
             self._look(self._next_avail)  # there it goes on after an impossible index
             raise
