@@ -38,14 +38,6 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A module of guests runs in one process (pytest-xdist): a guest serves many of its tests."""
-    for item in items:
-        if "guests" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def pytest_collection_finish() -> None:
     """The garbage collector looks no more at what was collected: with ten thousand tests there is
     so much of it that every look takes a tenth of a second.
