@@ -214,7 +214,7 @@ def test_offloads_change_while_traffic_flows(uml: UmlGuest) -> None:
             # CTRL_GUEST_OFFLOADS_SET.
             for name in ("tx", "gro", "rx-gro-hw", "tso"):
                 uml.output(f"ethtool -K eth0 {name} {state}")
-    uml.output("for i in $(seq 50); do pidof iperf3 || break; sleep 0.1; done")
+    uml.output("for i in $(seq 50); do pidof iperf3 || break; sleep 0.1; done", timeout=90)
     assert "iperf Done" in uml.output("cat /tmp/iperf")
 
 
