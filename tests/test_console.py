@@ -339,6 +339,26 @@ def test_a_closed_terminal_costs_no_processor_time(tmp_path: Path) -> None:
         assert not any(watch.reading or watch.writing for watch in world.device.watches)
 
 
+def test_output_that_waits_for_a_terminal_that_is_closed_costs_no_processor_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fuzzing `console`: it let the output go, but waited on for the terminal to take more, which
+    one that is closed always does: a busy loop until somebody looked, a few times a second."""
+    with DeviceWorld(ConsoleDevice([Port(end := PtyEnd())])) as world:
+        terminal = os.open(end.path, os.O_RDWR | os.O_NOCTTY)
+        world.until(lambda: end.is_connected)
+        monkeypatch.setattr(host_end, "LOOK_SECONDS", 60)
+        world.ring_alarms()
+        world.send(TX, bytes(1 << 20))
+        world.turn()
+        (watch,) = world.device.watches
+        assert watch.writing, "it is full"
+        os.close(terminal)
+        world.turn()
+        assert not watch.writing, "and nobody is there"
+        assert world.sent(TX) == 1
+
+
 def test_what_was_typed_before_a_terminal_was_closed_arrives(tmp_path: Path) -> None:
     end = PtyEnd()
     with DeviceWorld(ConsoleDevice([Port(end)])) as world:
@@ -645,6 +665,16 @@ def broken(world: DeviceWorld, pattern: str) -> None:
     assert re.search(pattern, str(world.device.fault))
     world.driver.probe()
     assert world.device.fault is None
+
+
+def test_control_messages_mean_nothing_without_multiport(tmp_path: Path) -> None:
+    """Fuzzing `console`: a driver that had not accepted MULTIPORT was answered all the same."""
+    ends = [Port(UnixEnd(str(tmp_path / str(number)))) for number in range(2)]
+    with DeviceWorld(ConsoleDevice(ends), ~MULTIPORT) as world:
+        world.give(CONTROL_RX, 64, 64)
+        world.send(CONTROL_TX, control(0, ConsoleEvent.DEVICE_READY, 1), b"short")
+        assert world.sent(CONTROL_TX) == 2 and told(world) == []
+        assert world.device.stats["control_ignored"] == 2 and world.device.fault is None
 
 
 def test_a_control_message_that_is_too_short_breaks_the_device(ports: DeviceWorld) -> None:

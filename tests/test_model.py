@@ -316,6 +316,31 @@ def test_a_request_completed_after_a_reset_is_not_given_to_the_next_driver() -> 
     assert bench.answers() == [b"NEW"]
 
 
+def test_what_is_held_through_stops_is_never_lost_however_often_the_queue_stops() -> None:
+    """Found by audit: a request that came out of the way of `resubmit` and was held at the next
+    stop, or had not been taken by then, was neither in the position nor among the unfinished."""
+    model = Upper()
+    model._handlers[0] = model.keep
+    bench = Bench(model, 1 << Feature.VERSION_1)
+    ring = bench.guest.queues[0]
+    bench.send(b"a", b"b", b"c")
+    model.kept[2].complete(0)  # so that a and b are no longer the last ones
+    model.flush()
+    for takes in (3, 1, 0, 1, 3):
+        model.kept.clear()
+        base = model.stop_queue(0)
+        places = {"desc": ring.desc, "avail": ring.avail, "used": ring.used}
+        model.setup_queue(0, size=ring.size, **places, next_avail=base, next_used=1)
+        queue = model.queues[0]
+        assert queue.ring is not None
+        model._take(queue, queue.ring, takes)
+    model._handlers[0] = model.at_once
+    base = model.stop_queue(0)
+    model.setup_queue(0, size=ring.size, **places, next_avail=base, next_used=1)
+    model.notify(0)
+    assert sorted(bench.answers()) == [b"", b"A", b"B"]
+
+
 @pytest.mark.parametrize("completed", [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
 def test_what_is_held_when_a_queue_stops_is_handed_out_again_when_it_goes_on(
     completed: tuple[int, ...],

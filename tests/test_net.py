@@ -32,7 +32,7 @@ from vq.link import Frame, LoopbackLink, NullLink, link_pair
 from vq.memory import GuestMemory
 from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_driver import Layout, NetDriver, NetHeader
-from vq.offload import ALL, Offload
+from vq.offload import ALL, Offload, guest_offloads
 
 pytestmark = pytest.mark.usefixtures("over")
 
@@ -844,6 +844,70 @@ def test_one_broken_port_leaves_the_others_working(memory: GuestMemory) -> None:
     driver.send(FRAME, pair=0)
     assert len(link.scripted[0].written) == 1
     assert world.dropped("tx") == {"link gone": 1}
+
+
+class Mended(ScriptedLink):
+    """Can be used again once `there` says so; `refuses` says why not."""
+
+    there = False
+    refuses: OSError | None = None
+    looks = 0
+
+    def recover(self) -> None:
+        self.looks += 1
+        if self.refuses is not None:
+            raise self.refuses
+        if self.there:
+            for port in self.scripted:
+                port.error = None
+            assert self.on_change is not None
+            self.on_change()
+
+
+def test_a_link_that_broke_is_looked_at_until_it_can_be_used_again(
+    memory: GuestMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = Mended(ports=2)
+    world = World(memory, link, queue_pairs=2)
+    driver = world.drive(pairs=2)
+    [alarm] = world.device.alarms
+    assert alarm.deadline is None, "nobody looks at a link that works"
+    link.port.error = OSError(errno.EBADFD, "the tap is gone")
+    driver.send(FRAME)
+    assert "scripted: the link broke: the tap is gone" in caplog.text
+    assert alarm.deadline is not None and not driver.settings.link_up
+    alarm.ring()
+    link.refuses = OSError(errno.EBUSY, "in use by another program")
+    for _ in range(3):
+        alarm.ring()
+    assert caplog.text.count("there is one again, but: in use by another program") == 1
+    assert link.looks == 4 and alarm.deadline is not None
+
+    link.refuses, link.there = None, True
+    asked = len(link.requested), len(link.activated)
+    with caplog.at_level("INFO"):
+        alarm.ring()
+    assert "scripted: the link is back" in caplog.text
+    assert alarm.deadline is None and driver.settings.link_up
+    assert link.requested[asked[0] :] == [guest_offloads(driver.features)]
+    assert link.activated[asked[1] :] == [2]
+    driver.send(FRAME)
+    link.deliver(FRAME)
+    assert len(link.port.written) == 1 and len(driver.receive()) == 1
+
+
+def test_a_link_that_is_back_may_be_down_still(memory: GuestMemory) -> None:
+    link = Mended()
+    world = World(memory, link)
+    driver = world.drive()
+    link.port.error = OSError(errno.EBADFD, "the tap is gone")
+    driver.send(FRAME)
+    link.there, link.up = True, False
+    world.device.alarms[0].ring()
+    assert world.device.alarms[0].deadline is None and not driver.settings.link_up
+    world.device.set_link_up(True)
+    driver.send(FRAME)
+    assert len(link.port.written) == 1
 
 
 def test_the_device_closes_its_link() -> None:

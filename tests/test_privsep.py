@@ -60,7 +60,9 @@ messages = st.one_of(
     st.builds(Look, places),
     st.just(Ready()),
     st.builds(Connect, places, numbers),
-    st.builds(TapState, places, generations, places, offloads, generations, st.booleans()),
+    st.builds(
+        TapState, places, generations, places, offloads, generations, st.booleans(), st.booleans()
+    ),
     st.builds(Connected, places, places, st.text(max_size=100), numbers),
 )
 
@@ -117,7 +119,7 @@ def test_words_that_are_too_long_are_cut_between_letters() -> None:
         (b"", "a message of 0 bytes"),
         (struct.pack("=HHIIIHH", 9, 0, 0, 0, 0, 0, 0), "of kind 9"),
         (struct.pack("=HHIIIHH", 1, 0, 0, 64, 0, 0, 0), "offloads 0x40"),
-        (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 4), "flags 0x4"),
+        (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 8), "flags 0x8"),
         (struct.pack("=HHIIIHH", 3, 0, 0, 0, 0, 0, 2), "a Ready with more in it"),
         (struct.pack("=HHIIIHH", 4, 1, 9, 0, 0, 0, 0), "a Connect with more in it"),
         (struct.pack("=HHIIIHH", 3, 1, 0, 0, 0, 0, 0), "a Ready with more in it"),
@@ -305,6 +307,66 @@ def test_an_interface_that_is_gone_is_down() -> None:
     link = SeparatedTap(Gone(), 0)
     link.leave_control([].append)
     assert (link.is_up, link.mtu) == (False, None)
+
+
+def test_a_tap_that_was_made_again_is_taken_up(caplog: pytest.LogCaptureFixture) -> None:
+    """The worker's descriptors are of the new one: all that was asked for is to be asked again."""
+
+    class Again(FakeTap):
+        attached_again = 0
+
+        def was_attached_again(self) -> None:
+            self.attached_again += 1
+
+    tap = Again()
+    link, asked = SeparatedTap(tap, 0), list[Message]()
+    changes: list[bool] = []
+
+    def changed() -> None:
+        changes.append(link.is_up)
+        link.request_offloads(Offload.TSO4 | Offload.CSUM)
+
+    link.on_change = changed
+    link.leave_control(asked.append)
+    gone = TapState(0, 0, 0, Offload.NONE, 0, up=False, gone=True)
+    link.told(gone)
+    link.told(gone)
+    link.recover()
+    assert not link.is_up and not changes and not asked
+    link.told(gone._replace(gone=False, up=True, mtu=9000))
+    assert (tap.attached_again, changes, link.mtu) == (1, [True], 9000)
+    assert asked == [SetOffloads(0, 1, Offload.TSO4 | Offload.CSUM)]
+    link.told(gone._replace(gone=False, up=True, mtu=9000))
+    assert len(changes) == 1
+
+
+def test_a_worker_that_begins_without_its_tap_takes_up_the_next_one() -> None:
+    class Gone(FakeTap):
+        is_gone = True
+
+    link = SeparatedTap(Gone(), 0)
+    changes: list[bool] = []
+    link.on_change = lambda: changes.append(link.is_up)
+    link.leave_control([].append)
+    link.told(TapState(0, 0, 0, Offload.NONE, 1500, True))
+    assert changes == [True]
+
+
+def test_a_tap_that_is_ones_own_is_looked_for() -> None:
+    class Again(FakeTap):
+        there = False
+
+        def attach_again(self) -> bool:
+            return self.there
+
+    tap = Again()
+    link = SeparatedTap(tap, 0)
+    changes: list[bool] = []
+    link.on_change = lambda: changes.append(link.is_up)
+    link.recover()
+    tap.there = True
+    link.recover()
+    assert changes == [True]
 
 
 def test_what_the_host_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:

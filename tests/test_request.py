@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vq import request as request_module
 from vq.errors import UsageError
-from vq.request import Request, RequestGone, RequestTooShort
+from vq.request import MOST_COPIED, Request, RequestGone, RequestTooLong, RequestTooShort
 from vq.split_ring import Chain
 
 
@@ -278,3 +278,23 @@ def test_a_full_stream_leaves_the_rest_to_be_written_later() -> None:
         assert got == data
     finally:
         os.close(read)
+
+
+def test_all_that_is_left_is_copied_up_to_a_limit_and_a_named_length_always() -> None:
+    """Found by audit: `read()` copied whatever the driver had named, up to 4 GiB for a request."""
+    mebibyte = bytearray(MOST_COPIED)
+    chain = Chain(5, [memoryview(mebibyte)] * 4096, [])
+    reader = Request(chain, 0, "requests", 1, lambda request: None).reader
+    with pytest.raises(RequestTooLong, match="4294967296 readable bytes where 1048576") as caught:
+        reader.read()
+    assert (caught.value.queue, caught.value.head) == ("requests", 5)
+    assert reader.remaining == 4 << 30, "nothing is taken then"
+    with pytest.raises(RequestTooLong, match="where 2097152 are the most"):
+        reader.read(limit=2 << 20)
+    assert len(reader.read(3 << 20)) == 3 << 20, "the device asked for so many"
+    reader.skip(reader.remaining - MOST_COPIED)
+    assert len(reader.read()) == MOST_COPIED
+    assert reader.read() == b""
+    assert made([b"abcd"]).request.reader.read(limit=4) == b"abcd"
+    with pytest.raises(RequestTooLong):
+        made([b"abcd"]).request.reader.read(limit=3)

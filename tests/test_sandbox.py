@@ -9,6 +9,7 @@ import mmap
 import os
 import pkgutil
 import platform
+import resource
 import signal
 import socket
 import struct
@@ -25,7 +26,18 @@ import pytest
 import vq
 from vq import sandbox, system_calls
 from vq.errors import UsageError
-from vq.sandbox import Confinement, Policy, User, capabilities, freebsd, landlock, linux, openbsd
+from vq.memory import GuestMemory
+from vq.sandbox import (
+    Confinement,
+    Policy,
+    User,
+    capabilities,
+    freebsd,
+    landlock,
+    limits,
+    linux,
+    openbsd,
+)
 from vq.sandbox.libc import Libc
 from vq.testing.requirements import need_linux, need_root
 
@@ -211,9 +223,37 @@ def test_an_ordinary_user_is_confined_as_well() -> None:
     assert status == 0, said
     # Hosts may forbid users namespaces; then that is told.
     assert {*held.split(), *missing.split()} == {
-        *("namespaces", "capabilities", "no_new_privs", "landlock", "seccomp")
+        *("namespaces", "capabilities", "no_new_privs", "limits", "landlock", "seccomp")
     }
-    assert {"capabilities", "no_new_privs", "landlock", "seccomp"} <= set(held.split())
+    assert {"capabilities", "no_new_privs", "limits", "landlock", "seccomp"} <= set(held.split())
+
+
+def test_a_process_may_take_so_much_of_the_host_and_no_more() -> None:
+    need_linux()
+
+    def take() -> str:
+        capabilities.keep_only(Libc())  # else root may raise them again
+        limits.limit(256 << 20)
+        said = [f"core {resource.getrlimit(resource.RLIMIT_CORE)[1]}"]
+        try:
+            bytearray(512 << 20)
+        except MemoryError:
+            said.append("no memory")
+        with GuestMemory.allocate(1 << 30):
+            said.append("guest")
+        try:
+            for _ in range(limits.MOST_DESCRIPTORS):
+                os.dup(0)
+        except OSError as error:
+            said.append(os.strerror(error.errno or 0))
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (-1, -1))
+        except (ValueError, OSError):
+            said.append("for good")
+        return ", ".join(said)
+
+    status, said = in_child(take)
+    assert (status, said) == (0, "core 0, no memory, guest, Too many open files, for good")
 
 
 def test_local_time_is_the_same_inside() -> None:
@@ -244,16 +284,26 @@ def test_ioctls_are_those_of_the_policy_and_those_that_are_listed(
         assert confined(ask(0x5411), policy)[0] == -signal.SIGSYS  # TIOCOUTQ
 
 
-def test_a_helper_keeps_what_it_needs_and_no_more() -> None:
+@pytest.mark.parametrize(
+    ("taps", "again", "wanted"),
+    [
+        (False, False, {1, 5}),  # DAC_OVERRIDE, KILL
+        (True, False, {1, 5, 12, 21}),  # NET_ADMIN, SYS_ADMIN
+        (False, True, {1, 5, 6, 7, 8, 21}),  # SETGID, SETUID, SETPCAP
+        (True, True, {1, 5, 6, 7, 8, 12, 21}),
+    ],
+)
+def test_a_helper_keeps_what_it_needs_and_no_more(
+    taps: bool, again: bool, wanted: set[int]
+) -> None:
     need_linux()
     need_root()
 
     def keep() -> str:
-        sandbox.keep_helper_privileges(again=False)
+        sandbox.keep_helper_privileges(taps=taps, again=again)
         return " ".join(map(str, sorted(capabilities.permitted(Libc()))))
 
     before = capabilities.permitted(Libc())
-    wanted = {1, 5, 12, 21}  # DAC_OVERRIDE, KILL, NET_ADMIN, SYS_ADMIN
     status, said = in_child(keep)
     assert (status, set(map(int, said.split()))) == (0, wanted & before)
 
@@ -289,14 +339,17 @@ class Stub:
         return function
 
 
-def test_what_a_kernel_lacks_is_told_and_the_rest_is_held() -> None:
+def test_what_a_kernel_lacks_is_told_and_the_rest_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A kernel from before Landlock, in a container that forbids namespaces."""
     need_linux()
+    monkeypatch.setattr(limits, "limit", lambda memory: "limits")  # not this process's
     library = Stub(("unshare", "syscall"), unshare=0, syscall=0, prctl=0, capset=0)
     held = linux.confine(Policy(), libc=Libc(library))
     assert set(held.missing) == {"namespaces", "landlock"}
     assert "Operation not permitted" in held.missing["landlock"]
-    assert set(held.held) == {"capabilities", "no_new_privs", "seccomp"}
+    assert set(held.held) == {"capabilities", "no_new_privs", "limits", "seccomp"}
     assert ("prctl", 38, 1, 0, 0, 0) in library.calls
 
 

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -30,12 +31,13 @@ from test_serve import (
     Plug,
     Serve,
     eventually,
+    frame_of,
     plug,
     serve,
 )
 
 from vq import sandbox
-from vq.abi import DeviceId, NetFeature
+from vq.abi import DeviceId, NetFeature, Status
 from vq.cli import main
 from vq.device import RING_FEATURES
 from vq.driver import Driver
@@ -45,11 +47,13 @@ from vq.serve.confinement import open_descriptors
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import need_linux, need_namespaces, need_root, need_tap
 from vq.testing.vhost_frontend import VhostFrontend
+from vq.vhost_message import Request, VringFd
 
 __all__ = ["plug", "serve"]  # fixtures
 
 KILLS = int(os.environ.get("VQ_KILLS", "10"))
 """How often worker and helper are killed; a hundred by hand."""
+RUNNING = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 TAP = "vqsep0"
 US, HOST = bytes((198, 18, 91, 2)), bytes((198, 18, 91, 1))
 
@@ -124,8 +128,21 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
     assert int(status["CapEff"][0], 16) == 1 << 1 | 1 << 5 | 1 << 12 | 1 << 21
     assert status["NoNewPrivs"] == ["1"]
     assert not [link for link in descriptors(helper) if "memfd" in link], "a guest's memory"
+    limits = Path(f"/proc/{worker}/limits").read_text()
+    for name, most in (("core file size", 0), ("data size", 1 << 30), ("open files", 4096)):
+        assert re.search(rf"Max {name} +{most} +{most} ", limits), limits
     log = served.stop()
     assert "guests are served with: own namespaces without files; user nobody" in log
+
+
+def test_a_helper_without_taps_keeps_no_privileges_for_them(serve: Serve, plug: Plug) -> None:
+    served = serve("--memory-limit=100")
+    plug(served.paths[0]).echo()
+    if os.geteuid() == 0:
+        assert int(status_of(served.process.pid)["CapEff"][0], 16) == 1 << 1 | 1 << 5
+    limits = Path(f"/proc/{served.worker.pid}/limits").read_text()
+    assert re.search(rf"Max data size +{100 << 20} +{100 << 20} ", limits), limits
+    served.stop()
 
 
 def test_offloads_follow_the_guest_through_the_helper(serve: Serve, host: Namespace) -> None:
@@ -442,6 +459,35 @@ def test_memory_that_is_cut_short_kills_the_worker_and_it_is_started_again(
     log = served.stop()
     assert "the worker was killed by SIGBUS: memory that a guest shares was cut short" in log
     assert "the worker is started again" in log
+
+
+def test_a_frontend_that_makes_its_worker_wait_holds_up_nobody_for_long(
+    serve: Serve, plug: Plug
+) -> None:
+    """Two guests on a cable are one worker's; the first fills its own call descriptor, and sets it
+    back to blocking again and again."""
+    served = serve("--link=pair", sockets=["hostile", "other"])
+    hostile, other = (plug(path) for path in served.paths)
+    event = os.eventfd(0, 0)
+    os.eventfd_write(event, 2**64 - 2)
+    hostile.frontend._tell(Request.SET_VRING_CALL, VringFd(0, True), [event])
+    longest = 0.0
+    for number in range(3):
+        os.set_blocking(event, True)
+        other.send(frame_of(number))
+        frames: list[bytes] = []
+        began = time.monotonic()
+        while not frames and time.monotonic() < began + SECONDS:
+            asked = time.monotonic()
+            assert other.frontend.status == RUNNING
+            longest = max(longest, time.monotonic() - asked)
+            hostile.driver._called.add(0)  # no call comes: its descriptor is another
+            frames = hostile.receive(1, seconds=0.05)
+        assert frames == [frame_of(number)]
+    print(f"held up for {longest:.2f} s at most")
+    os.close(event)
+    log = served.stop()
+    assert "a descriptor that it shares was made to wait: it gets no more events" in log
 
 
 def test_a_new_worker_finds_the_queues_as_the_first_one_did(serve: Serve, plug: Plug) -> None:

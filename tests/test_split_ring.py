@@ -1225,6 +1225,62 @@ def test_a_later_device_goes_on_with_what_was_put_back(guest: Guest) -> None:
     assert guest.used() == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
+@pytest.mark.parametrize("features", [0, IN_ORDER])
+@pytest.mark.parametrize("bad", ["a chain", "a head", "the index"])
+def test_what_stands_before_a_bad_chain_is_left_over_when_it_is_put_back(
+    guest: Guest, features: int, bad: str
+) -> None:
+    """Found by audit: `next_avail` went back by as many as were put back, so a later device got the
+    bad chain again and never the good one before it."""
+    fill_singles(guest)
+    ring = guest.ring(features)
+    guest.offer(0, 1)
+    chains = ring.pop_burst(8)
+    if bad == "a chain":
+        guest.desc(2, 1 << 40, 64)
+        guest.offer(2)
+    elif bad == "a head":
+        guest.offer(0xFFFF)
+    else:
+        guest.offered += 100
+        guest.offer()
+    with pytest.raises(DriverError):
+        ring.pop()
+    place = ring.next_avail
+    guest.offer(3)
+    chains += ring.pop_burst(8)
+    assert heads(chains) == [0, 1, 3]
+    ring.undo_pop(chains[1:])
+    assert (ring.next_avail, ring.left_over) == (place, [1])
+    assert ring.pop_burst(8) == chains[1:] and ring.left_over == []
+    ring.undo_pop(chains)
+    assert (ring.next_avail, ring.left_over) == (place, [0, 1])
+    ring.publish()
+    later = guest.ring(
+        features, next_avail=ring.next_avail, next_used=ring.next_used, resubmit=ring.left_over
+    )
+    assert later.left_over == [0, 1]
+    again = [chain for _ in range(3) for chain in later.pop_burst(1)]
+    assert heads(again) == [0, 1, 3] and later.pop() is None
+    later.push_burst(again)
+    assert [head for head, _ in guest.used()][-3:] == [0, 1, 3]
+
+
+def test_a_chain_offered_again_too_early_is_put_back_like_any_other(guest: Guest) -> None:
+    """Fuzzing `ring`: a driver that did not wait for a chain of an earlier device to be published
+    had it counted as that device's still, and the chain before it was lost when put back."""
+    fill_singles(guest)
+    guest.offered = 1
+    ring = guest.ring(next_avail=1, resubmit=[5])
+    (old,) = ring.pop_burst(1)
+    ring.write_used(old)
+    guest.offer(7, 5)
+    chains = ring.pop_burst(8)
+    assert heads(chains) == [7, 5]
+    ring.undo_pop(chains)
+    assert (ring.next_avail, ring.left_over) == (1, [])
+
+
 # --- chains of an earlier device -----------------------------------------------------------------
 
 

@@ -516,14 +516,69 @@ def test_a_kernel_without_memory_drops_the_frame_and_counts_it(
 
 @needs_tap
 def test_a_tap_that_was_deleted_raises_and_is_down(namespace: str, tap: LinuxTap) -> None:
+    assert not tap.is_gone
     ip("-n", namespace, "link", "del", tap.name)
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].write_burst([[PLAIN, bytes(60)]])
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(PieceRoom(), 1)
-    assert not tap.is_up
+    assert tap.is_gone and not tap.is_up
     with pytest.raises(OSError, match="the tap is gone"):
         assert tap.mtu
+
+
+@needs_tap
+@pytest.mark.parametrize("queues", [1, 2])
+def test_a_tap_that_was_deleted_and_made_again_is_taken_up(namespace: str, queues: int) -> None:
+    """The descriptors stay what they are, and so does whoever else has them."""
+    several = ["multi_queue"] if queues > 1 else []
+    changes: list[bool] = []
+    with closing(LinuxTap("tl-again", queues=queues, namespace=namespace)) as tap:
+        tap.on_change = lambda: changes.append(tap.is_up)
+        fds = [port.fileno() for port in tap.ports]
+        tap.request_offloads(ALL)
+        tap.activate_ports(1)
+        ip("-n", namespace, "link", "del", "tl-again")
+        tap.recover()
+        assert tap.is_gone and not changes
+        assert "tl-again" not in ip("-n", namespace, "link"), "nobody else would look for it there"
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tap", *several)
+        tap.recover()
+        assert changes == [False] and not tap.is_gone
+        assert tap.delivers == Offload.NONE and all(port.active for port in tap.ports)
+        assert [port.fileno() for port in tap.ports] == fds
+        tap.recover()
+        assert len(changes) == 1
+        tap.activate_ports(1)
+        configure(namespace, tap)
+        with udp_socket(namespace) as sock:
+            tap.ports[0].write_burst([[PLAIN, udp(1000, sock.getsockname()[1], b"again")]])
+            assert sock.recv(100) == b"again"
+            sock.sendto(b"answer", (OURS, 1000))
+        room = PieceRoom()
+        receive(tap.ports[0], room, lambda: b"answer" in b"".join(f[1] for f in room.frames))
+
+
+@needs_tap
+def test_what_cannot_take_a_deleted_taps_place_is_told(namespace: str) -> None:
+    with closing(LinuxTap("tl-again", queues=2, namespace=namespace)) as tap:
+        ip("-n", namespace, "link", "del", "tl-again")
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tun")
+        with pytest.raises(UsageError, match="the network interface tl-again is not a tap"):
+            tap.recover()
+        ip("-n", namespace, "link", "del", "tl-again")
+        ip("-n", namespace, "tuntap", "add", "tl-again", "mode", "tap")
+        with pytest.raises(UsageError, match="made with one queue"):
+            tap.recover()
+        assert tap.is_gone
+    with closing(LinuxTap("tl-again", namespace=namespace)) as tap:
+        ip("-n", namespace, "link", "del", "tl-again")
+        with (
+            closing(LinuxTap("tl-again", namespace=namespace)),
+            pytest.raises(OSError, match="in use by another program"),
+        ):
+            tap.recover()
+        assert tap.is_gone
 
 
 # --- frames from the kernel ----------------------------------------------------------------------
@@ -1003,9 +1058,9 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
 def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap) -> None:
     outbox = outbox_of(tap)
     ip("-n", namespace, "link", "del", tap.name)
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
-    with pytest.raises(OSError, match="bad state"):
+    with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(LendingRoom(2000), 64)
 
 

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -33,9 +33,13 @@ from vhost_frontend import (
     wait_until,
 )
 
+from vq import shared_fd
 from vq.abi import Status
+from vq.device import Queue
 from vq.errors import UsageError
 from vq.loop import Loop
+from vq.model import DeviceModel
+from vq.request import Request
 from vq.vhost_user import Client, Connection, Server
 
 MQ, LOG_SHMFD, RARP, ACK, MTU, BACKEND_REQ = (1 << bit for bit in range(6))
@@ -374,6 +378,20 @@ def test_a_ring_without_a_kick_descriptor_is_polled(talk: Talk) -> None:
     assert ring.take() == [b"POLLED"]
 
 
+def test_a_kick_that_was_taken_back_does_not_make_the_backend_wait(talk: Talk) -> None:
+    """Between the event loop's word and the read; no clock could tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("a read that never waits is Linux'")
+    frontend = talk.start()
+    kick = frontend.eventfds["kick", 0]
+    os.set_blocking(kick, True)
+    kicked = talk.loop._watches  # what the loop does once a descriptor is readable
+    for watch in list(kicked.values()):
+        if watch.readable is not None and "_kicked" in repr(watch.readable):
+            watch.readable()
+    assert talk.shout(b"here") == [b"HERE"]
+
+
 def test_kicks_and_calls_work_over_pipes(talk: Talk) -> None:
     frontend, ring = talk.frontend, talk.ring
     frontend.negotiate()
@@ -410,6 +428,33 @@ def test_a_full_call_descriptor_does_not_stop_the_device(talk: Talk) -> None:
     frontend.turn()
     assert talk.shout(b"full") == [b"FULL"]
     os.close(blocking)
+
+
+def test_a_frontend_cannot_make_the_backend_wait_for_its_events(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """O_NONBLOCK belongs to the open file, which is the frontend's, too."""
+    monkeypatch.setattr(shared_fd, "TICK_SECONDS", 0.05)
+    frontend = talk.start()
+    event = os.eventfd(0, 0)
+    os.eventfd_write(event, 2**64 - 2)
+    frontend.send(13, u64(0), [event])
+    frontend.turn()
+    with shared_fd.Watchdog():
+        for text in (b"once", b"twice", b"thrice"):
+            os.set_blocking(event, True)
+            assert talk.shout(text) == [text.upper()]
+        assert "ring 0: a descriptor that it shares was made to wait" in caplog.text
+        assert caplog.text.count("it gets no more events") == 1
+        os.eventfd_read(event)
+        assert talk.shout(b"late") == [b"LATE"]
+        os.set_blocking(event, False)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(event)
+        frontend.send(13, u64(0), [event])  # a descriptor that is set anew is tried anew
+        frontend.turn()
+        assert talk.shout(b"anew") == [b"ANEW"] and os.eventfd_read(event) == 1
+    os.close(event)
 
 
 def test_a_peer_that_closed_its_end_of_a_pipe_does_no_harm(talk: Talk) -> None:
@@ -1405,3 +1450,46 @@ def test_a_model_that_fails_costs_only_its_own_connection(
         talk.frontend.send(24, struct.pack("=3I", 0, 4, 0) + bytes(4))
         assert talk.frontend.is_dropped
     assert "ZeroDivisionError" in caplog.text
+
+
+class OutOfOrder(DeviceModel):
+    """Keeps its first request until another one says so."""
+
+    device_id = 4
+
+    def __init__(self) -> None:
+        super().__init__(queues=[("requests", 16, self.serve)])
+        self.kept: list[Request] = []
+
+    def serve(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if bytes(request.reader.views()[0]) == b"keep" and "all" not in self.stats:
+                self.kept.append(request)
+            else:
+                request.writer.write(b"done")
+                request.complete()
+
+    def queue_stopping(self, queue: Queue) -> None:
+        super().queue_stopping(queue)
+        self.kept.clear()
+
+
+@pytest.mark.parametrize("between", ["nothing", "disabled"])
+def test_a_request_that_waits_to_be_taken_again_outlives_a_second_stop(
+    talk: Talk, between: str
+) -> None:
+    """QEMU adds memory region by region: each stops every ring, and one that the device had taken
+    before the first was forgotten with the second, unless the ring's turn came in between."""
+    talk.connection.close()
+    talk.device = OutOfOrder()  # type: ignore[assignment]
+    talk.connect()
+    talk.start()
+    assert talk.shout(b"keep") == [] and talk.shout(b"next") == [b"done"]
+    talk.device.stats["all"] = 1
+    if between == "disabled":
+        talk.frontend.send(18, state(0, 0))
+    talk.frontend.set_memory(talk.ram)
+    talk.frontend.set_memory(talk.ram)
+    talk.frontend.send(18, state(0, 1))
+    talk.frontend.turn()
+    assert talk.ring.used_idx == 2

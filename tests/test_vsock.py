@@ -31,7 +31,7 @@ from vq.abi_vsock import (
 from vq.devices import vsock
 from vq.devices.vsock import VsockDevice
 from vq.devices.vsock_connection import Header
-from vq.errors import UsageError
+from vq.errors import DriverError, UsageError
 
 RX, TX, EVENT = range(3)
 CID = 42
@@ -758,6 +758,39 @@ def test_a_host_can_reset_the_transport(guest: Guest) -> None:
         assert guest.received(EVENT) == [bytes(4)]
         guest.ended_at_host(sock)
         assert guest.quiet()
+
+
+def test_a_host_can_reset_the_transport_of_a_guest_with_no_room_for_an_event(path: str) -> None:
+    """Fuzzing `vsock`: an event buffer of one byte raised `DriverError` into whoever had asked for
+    the reset, the host's own code, instead of breaking the guest's device alone."""
+    with Guest(path) as guest:
+        guest.received(EVENT)
+        guest.driver.reset_queue(EVENT)
+        guest.driver.setup_queue(EVENT)
+        guest.give(EVENT, 1)
+        guest.vsock.transport_reset()
+        assert isinstance(guest.device.fault, DriverError)
+        guest.driver.probe()
+        guest.refill()
+        guest.give(EVENT, 4)
+        guest.vsock.transport_reset()
+        assert guest.received(EVENT) == [bytes(4)]
+
+
+def test_an_answer_that_waited_does_not_end_the_connection_made_since(path: str) -> None:
+    """Fuzzing `vsock`: a packet of no connection was due a reset, which waited for a receive
+    buffer; then the guest connected from the same port, and got the reset as its answer."""
+    with Guest(path, rooms=0) as guest, guest.listen(5):
+        guest.packet(VsockOp.CREDIT_UPDATE, 5)
+        guest.packet(VsockOp.CREDIT_UPDATE, 6)
+        guest.packet(VsockOp.CREDIT_UPDATE, 5, dst_cid=1)
+        guest.packet(VsockOp.REQUEST, 5)
+        headers = [guest.next()[0] for _ in range(3)]
+        assert [(header.src_cid, header.src_port, header.op) for header in headers] == [
+            (2, 6, VsockOp.RST),
+            (1, 5, VsockOp.RST),  # another address, if not another port
+            (2, 5, VsockOp.RESPONSE),
+        ]
 
 
 def test_features_say_what_is_there(guest: Guest) -> None:

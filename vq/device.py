@@ -70,7 +70,8 @@ class Queue:
         self.max_size = max_size
         self.ring: SplitRing | None = None
         self.enabled = False
-        """Whether the device may work on the ring; a transport may pause a ring that it keeps."""
+        """Whether the device may work on the ring. With a ring that is not enabled it does what
+        `Device.process_disabled` does."""
         self.unfinished: Sequence[int] = ()
         """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
@@ -298,11 +299,14 @@ class Device(ABC):
         next_used: int = 0,
         resubmit: Iterable[int] = (),
         inflight_log: InflightLog | None = None,
+        enabled: bool = True,
     ) -> None:
         """The driver places a queue's three parts in its memory and enables it.
 
         `next_avail` and what follows it are for a transport that takes over a queue which an
-        earlier device had begun to work on; see `SplitRing`.
+        earlier device had begun to work on; see `SplitRing`. With `enabled` False the device has
+        the ring, but for `process_disabled` only: for transports that know such a state
+        (vhost-user's disabled rings). To enable it, it is stopped and set up again.
         """
         try:
             queue = self._queue(index)
@@ -339,8 +343,9 @@ class Device(ABC):
             self._driver_broke(error)
             return
         queue.unfinished = ()
-        queue.enabled = True
-        self._run("queue_started", self.queue_started, queue)
+        queue.enabled = enabled
+        if enabled:
+            self._run("queue_started", self.queue_started, queue)
 
     def reset_queue(self, index: int) -> None:
         """The driver resets one queue; it may set it up again (virtio 1.3, 2.6.1)."""
@@ -364,12 +369,16 @@ class Device(ABC):
             return
         queue = self.queues[index]
         # Kicks are what a device hears most of, so `ready_ring` and `_run` stand here in line.
-        while queue.enabled and self._status & _WORKING_BITS == _DRIVER_OK:
+        while self._status & _WORKING_BITS == _DRIVER_OK:
             ring = queue.ring
             if ring is None:
                 return
             try:
-                if not self.process(queue, ring):
+                if not (
+                    self.process(queue, ring)
+                    if queue.enabled
+                    else self.process_disabled(queue, ring)
+                ):
                     return
             except Exception as error:
                 self._step_failed(queue.name, error)
@@ -406,8 +415,11 @@ class Device(ABC):
         if queue.ring is None:
             return 0
         ring = queue.ring
-        self._run("queue_stopping", self.queue_stopping, queue)
+        if queue.enabled:
+            self._run("queue_stopping", self.queue_stopping, queue)
+        queue.unfinished = (*queue.unfinished, *ring.left_over())
         next_avail = ring.next_avail
+        queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None
         queue.enabled = False
         return next_avail
@@ -458,6 +470,18 @@ class Device(ABC):
         which is logged with its traceback.
         """
 
+    def process_disabled(self, queue: Queue, ring: SplitRing) -> bool:
+        """Works on a ring that the device has, but that is disabled; as `process` otherwise.
+
+        vhost-user, "Ring states": "The back-end must process the ring without causing any side
+        effects." That can be done with what may get lost, as a network device's frames: they are
+        discarded. It cannot with requests, whose answer is all that they are for: a write to a disk
+        that is answered and not done is a lie, one that is refused damages a file system, a byte on
+        a console or a stream is missed. So here nothing is done: they wait until the ring is
+        enabled, and none is lost.
+        """
+        return False
+
     def features_negotiated(self, features: int) -> None:
         """FEATURES_OK is set: `features` holds until the next reset."""
 
@@ -465,7 +489,7 @@ class Device(ABC):
         """DRIVER_OK is set."""
 
     def queue_started(self, queue: Queue) -> None:
-        """The queue has a ring now."""
+        """The queue has a ring now, which is enabled."""
 
     def queue_stopping(self, queue: Queue) -> None:
         """The queue's ring is about to go, in good order: put back what was not begun on."""
@@ -513,11 +537,12 @@ class Device(ABC):
         return self.queues[index]
 
     def _drop_ring(self, queue: Queue) -> None:
-        queue.enabled = False
+        was_enabled, queue.enabled = queue.enabled, False
         queue.unfinished = ()
         if queue.ring is not None:
             queue.ring = None
-            self._run("queue_dropped", self.queue_dropped, queue)
+            if was_enabled:
+                self._run("queue_dropped", self.queue_dropped, queue)
 
     def _run(self, what: str, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Lets the device model take a step; None when that failed: the device needs a reset."""
@@ -555,7 +580,8 @@ class Device(ABC):
         return feature_names(features, self.feature_bits)
 
     def _driver_broke(self, error: DriverError) -> None:
-        log.warning("driver error: %s", str(error))  # not kept alive by a log record
+        # As text: no error is kept alive by a log record.
+        log.warning("driver error: %s; the device rests until its driver resets it", str(error))
         self.stats["driver_errors"] += 1
         self._fail(error)
 

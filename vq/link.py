@@ -182,7 +182,8 @@ class Link(ABC):
     max_frame: int = MAX_FRAME
     """The largest frame that a read may give, in bytes, net header not counted."""
     on_change: Callable[[], None] | None = None
-    """Called by the link when `is_up` or a port's `fileno` has become another.
+    """Called by the link when `is_up` or a port's `fileno` has become another, or when it can be
+    used again after it broke: then it does not know any more what was asked of it.
 
     It may come in the middle of a burst. A descriptor that goes is still open then, so that whoever
     polls it can stop before its number means something else.
@@ -197,6 +198,13 @@ class Link(ABC):
 
     def activate_ports(self, count: int) -> None:
         """Uses the first `count` ports only; the others neither take nor give frames."""
+
+    def recover(self) -> None:
+        """A port broke: looks whether the link can be used again, and calls `on_change` if so.
+
+        It is called again and again, and does not wait. Raises `OSError` when there is something to
+        be used, but not for us.
+        """
 
     def forget_waiting(self) -> int:
         """The guest is gone, or begins anew: frames that wait for it in this process are dropped.
@@ -232,6 +240,24 @@ class Tap(Link):
     """The ioctls that are made for ports, without privileges."""
     control_ioctls: ClassVar[tuple[int, ...]] = ()
     """Those that all other settings take."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the interface was deleted."""
+        return False
+
+    def attach_again(self) -> bool:
+        """Takes another interface of the same name, where there is one, in place of one that is
+        gone; whether it did. Its settings are those of a new one.
+
+        The ports' descriptors stay what they are, here and in other processes. Raises `OSError`
+        and `UsageError` when there is such an interface, but not for us. Not every system's taps
+        can be used again.
+        """
+        return False
+
+    def was_attached_again(self) -> None:
+        """Another process did that: takes note of how the ports are now."""
 
     @abstractmethod
     def expect(self, delivers: Offload, mtu: int | None) -> None:

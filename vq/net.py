@@ -31,8 +31,8 @@ from vq.abi import (
     Status,
     feature_mask,
 )
-from vq.device import RING_FEATURES, Device, Queue, Watch
-from vq.errors import DriverError, UsageError
+from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
+from vq.errors import DriverError, UsageError, in_words
 from vq.link import Frame, Link, Port
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
@@ -66,6 +66,8 @@ COMMANDS_PER_TURN = 8
 """Each may be 64 KiB long, and make the link change its offloads by a system call."""
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
+RECOVERY_SECONDS = 1.0
+"""How often a link that broke is looked at."""
 BURSTS_PER_TURN = 4
 """A turn on one queue, so that a busy guest does not keep the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
@@ -208,6 +210,9 @@ class NetDevice(Device):
             self._watch_port(index, port) for index, port in enumerate(link.ports)
         ]
         self.watches = [watch for watch in self._port_watches if watch is not None]
+        self._recovery = Alarm(self._recover)
+        self._complaint = ""  # why it could not be used again, as it was logged last
+        self.alarms.append(self._recovery)
         link.on_change = self._link_changed
         self.device_reset()
 
@@ -311,6 +316,28 @@ class NetDevice(Device):
         if self._interrupted:
             self._catch_up()
         return more
+
+    def process_disabled(self, queue: Queue, ring: SplitRing) -> bool:
+        """Discards what the guest sends; receives nothing, and leaves commands for later.
+
+        vhost-user, "Ring states": "in the disabled state the back-end must not supply any new RX
+        packets, but must process and discard any TX packets." A command on the control queue waits:
+        to refuse it would be something that the driver sees.
+        """
+        if not queue.index % 2 or queue.index >= 2 * self._pairs:
+            return False
+        ring.disable_kicks()
+        for _ in range(ring.size // BURST + 1):  # all that waits: see `Backend` for why
+            chains = ring.pop_burst(BURST)
+            if chains:
+                ring.write_used_burst(chains)
+                self.stats["tx_dropped: disabled"] += len(chains)
+                self.publish(queue)
+                if queue.ring is not ring:
+                    return False
+            elif not ring.enable_kicks():
+                return False
+        return True
 
     def _catch_up(self) -> None:
         """Sees to the queues that wanted attention; not nested, however they call each other.
@@ -757,7 +784,11 @@ class NetDevice(Device):
         ]
 
     def _link_changed(self) -> None:
-        """The link came or went, or a port has another descriptor; perhaps in our own work."""
+        """The link came or went, can be used again, or a port has another descriptor; perhaps in
+        our own work."""
+        if self._broken:
+            log.info("%s: the link is back", self.link.name)
+            self._broken.clear()
         changed = []
         for index, port in enumerate(self.link.ports):
             watch = self._port_watches[index]
@@ -771,12 +802,28 @@ class NetDevice(Device):
             self.watches = [watch for watch in self._port_watches if watch is not None]
             if self.on_watches_change is not None:
                 self.on_watches_change()
-        for index in changed:
+        self._configure_receiving()
+        self._activate_ports()
+        for index in range(len(self.link.ports)):
             # The loop calls at once if there is something to read already.
-            if 2 * index in self._windows and index not in self._broken:
+            if 2 * index in self._windows:
                 self._want_readable(self.queues[2 * index], True)
             self._port_writable(index)
-        self.set_link_up(self.link.is_up and not self._broken)
+        self.set_link_up(self.link.is_up)
+
+    def _recover(self) -> None:
+        """Looks whether a link that broke can be used again, from time to time."""
+        complaint = ""
+        if self._broken:
+            try:
+                self.link.recover()
+            except (OSError, UsageError) as error:
+                complaint = in_words(error)
+        if self._broken:
+            self._recovery.set(RECOVERY_SECONDS)
+        if complaint and complaint != self._complaint:  # once, not once a second
+            log.warning("%s: there is one again, but: %s", self.link.name, complaint)
+        self._complaint = complaint
 
     def _want_readable(self, queue: Queue, reading: bool) -> None:
         if queue.index // 2 < len(self._port_watches):
@@ -790,11 +837,12 @@ class NetDevice(Device):
             watch.want(writing=bool(self._waiting_for(port_index)))
 
     def _port_broke(self, index: int, error: OSError) -> None:
-        log.error("%s: the link broke: %s", self.link.name, error)
+        log.error("%s: the link broke: %s", self.link.name, in_words(error))
         self._broken.add(index)
         watch = self._port_watches[index]
         if watch is not None:
             watch.want(reading=False, writing=False)
+        self._recovery.set(RECOVERY_SECONDS)
         self.set_link_up(False)
 
     # --- the control queue (virtio 1.3, 5.1.6.5) --------------------------------------------------

@@ -212,6 +212,10 @@ class CaptureLink(Link):
         """Tells the link."""
         self._link.activate_ports(count)
 
+    def recover(self) -> None:
+        """Tells the link."""
+        self._link.recover()
+
     def forget_waiting(self) -> int:
         """Tells the link."""
         return self._link.forget_waiting()

@@ -5,8 +5,9 @@ its `Writer` over the device-writable ones, front to back, however the driver cu
 (virtio 1.3, 2.7.4.1: a device must not rely on the framing). Neither leaves the buffers. Bytes can
 be copied, taken as ctypes structures, moved from and to files, or looked at where they are.
 
-What a driver left out is a `RequestTooShort`. After a reset the buffers are the driver's again, and
-every use of the request is a `RequestGone`.
+What a driver left out is a `RequestTooShort`. More than the device will copy at once is a
+`RequestTooLong`: a chain can name 4 GiB, the same memory again and again. After a reset the buffers
+are the driver's again, and every use of the request is a `RequestGone`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,34 @@ from vq.errors import DriverError, UsageError, VqError
 from vq.packet import Buffer, cut
 from vq.split_ring import Chain
 
-__all__ = ["Reader", "Request", "RequestGone", "RequestTooShort", "Writer", "blank"]
+__all__ = [
+    "MOST_COPIED",
+    "Reader",
+    "Request",
+    "RequestGone",
+    "RequestTooLong",
+    "RequestTooShort",
+    "Writer",
+    "blank",
+]
 
 S = TypeVar("S", bound=ctypes.Structure)
 
 IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
 """Buffers that one readv or writev takes (POSIX guarantees 16)."""
 
+MOST_COPIED = 1 << 20
+"""Bytes that `Reader.read` copies at most where the device does not say how many it wants."""
+
 _ZEROS = memoryview(bytes(65536))
 
 
 class RequestTooShort(DriverError):
     """The driver's buffers have less room, or fewer bytes, than the request must have."""
+
+
+class RequestTooLong(DriverError):
+    """The driver's buffers have more bytes than the device is willing to copy."""
 
 
 class RequestGone(VqError):
@@ -116,11 +133,19 @@ class Reader(_Cursor):
 
     __slots__ = ()
 
-    def read(self, length: int | None = None) -> bytes:
-        """Copies the next `length` bytes, or all that are left.
+    def read(self, length: int | None = None, *, limit: int = MOST_COPIED) -> bytes:
+        """Copies the next `length` bytes, or all that are left, if those are not more than `limit`.
 
-        Raises `RequestTooShort` when there are fewer, and takes none then.
+        How many are left is the driver's choice, up to 4 GiB: a device that can do with more than
+        1 MiB says so, or takes `views`. Raises `RequestTooShort` when there are fewer than
+        `length`, `RequestTooLong` when more than `limit` are left, and takes none then.
         """
+        if length is None and self.remaining > limit:
+            raise RequestTooLong(
+                f"{self.remaining} {self._kind} bytes where {limit} are the most",
+                queue=self._queue,
+                head=self._head,
+            )
         views = self._take(length)
         return bytes(views[0]) if len(views) == 1 else b"".join(views)
 

@@ -204,7 +204,9 @@ class SplitRing:
         self._outstanding: list[Chain | Run | None] = [None] * size  # by head
         self._undone: deque[Chain] = deque()
         self._resubmit = deque(resubmit)
-        self._resubmitted: set[int] = set()  # heads of those of them not given back yet
+        # Heads of chains not given back yet that next_avail, moved back, would not lead to: those
+        # resubmitted, and those from before the last entry that was consumed without a chain.
+        self._resubmitted: set[int] = set()
         self._order: deque[Chain] = deque()  # IN_ORDER: popped chains, oldest first
         self._completed: set[int] = set()  # IN_ORDER: heads that wait for an older chain
         self._inflight_log = inflight_log
@@ -233,9 +235,28 @@ class SplitRing:
 
     @property
     def next_avail(self) -> int:
-        """The 16-bit position in the available ring from which a later device would go on."""
+        """The 16-bit position in the available ring from which a later device would go on.
+
+        It takes the `left_over` ones first.
+        """
         undone = sum(1 for chain in self._undone if chain.head not in self._resubmitted)
         return (self._next_avail - undone) & 0xFFFF
+
+    def left_over(self) -> list[int]:
+        """Heads of chains that a later device has to be given beside those from `next_avail` on:
+        an earlier one had them, and this one has them no more, or not yet."""
+        put_back = [chain.head for chain in self._undone if chain.head in self._resubmitted]
+        return [*put_back, *self._resubmit]
+
+    @property
+    def left_over(self) -> list[int]:
+        """Heads of chains that the device does not have and that stand before `next_avail`.
+
+        They are a later device's to take, by `resubmit`: chains that an earlier device left over,
+        and those put back when no position says any more where they stood.
+        """
+        undone = [chain.head for chain in self._undone if chain.head in self._resubmitted]
+        return [*undone, *self._resubmit]
 
     @property
     def next_used(self) -> int:
@@ -260,6 +281,7 @@ class SplitRing:
         if count > self.size:
             # No telling which entries are meant: none is taken, and what comes next is.
             self._next_avail = index
+            self._pin_outstanding()
             raise DriverError(
                 f"the available index went {count} entries ahead of the device in a queue"
                 f" of {self.size}",
@@ -300,7 +322,8 @@ class SplitRing:
         """Puts chains back: the next pop gives them again, in this order and as they were read.
 
         They must be the chains popped last; that is what makes `next_avail` a place to go on from.
-        Raises `UsageError` when one of them is not outstanding.
+        (One that stands before a bad chain, which is consumed, is `left_over` instead.) Raises
+        `UsageError` when one of them is not outstanding.
         """
         heads: set[int] = set()
         for chain in chains:
@@ -497,12 +520,18 @@ class SplitRing:
         """Takes a bad chain out of the way; its head goes back where that is possible."""
         if not resubmitted:
             self._next_avail = (self._next_avail + 1) & 0xFFFF
+            self._pin_outstanding()
         if head is None or head >= self.size or self._outstanding[head] is not None:
             return
         chain = Chain(head, _NO_VIEWS, _NO_VIEWS)
         self._outstanding[head] = chain
         self._note_popped([chain])
         self.write_used(chain)
+
+    def _pin_outstanding(self) -> None:
+        """The device has gone over an entry for good: what it holds stood before that."""
+        held = enumerate(self._outstanding)
+        self._resubmitted.update(head for head, chain in held if chain is not None)
 
     def _walk(self, head: int, descriptor: tuple[int, int, int, int]) -> Chain:
         """Follows the chain that starts with `descriptor`, the one at `head`, to its end.
@@ -663,8 +692,6 @@ class SplitRing:
             self.memory.mark_dirty(self._used_gpa, len(self._used))
         if log is not None:
             log.published(finished, index)
-        if self._resubmitted:
-            self._resubmitted.difference_update(finished)
         return len(finished)
 
     def push_burst(self, chains: Sequence[Chain]) -> None:
@@ -703,6 +730,8 @@ class SplitRing:
         _ELEMENT.pack_into(self._used, 4 + 8 * slot, head, chain.written)
         self._next_used = (self._next_used + 1) & 0xFFFF
         self._unpublished.append(head)
+        if self._resubmitted:
+            self._resubmitted.discard(head)
         if chain.written and self.memory.dirty_log is not None:
             self.memory.mark_views_dirty(chain.writable, chain.written)
         return True
@@ -767,6 +796,8 @@ class SplitRing:
             self._used_lengths[: end - size] = lengths[first:]
         self._next_used = (self._next_used + count) & 0xFFFF
         self._unpublished += heads
+        if self._resubmitted:
+            self._resubmitted.difference_update(heads)
 
     # --- notifications ---------------------------------------------------------------------------
 

@@ -130,6 +130,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "sendmsg": (46, 211),
     "sendto": (44, 206),
     "set_robust_list": (273, 99),
+    "setitimer": (38, 103),
     "setsockopt": (54, 208),
     "shutdown": (48, 210),
     "sigaltstack": (131, 132),

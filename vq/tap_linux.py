@@ -318,7 +318,7 @@ class LinuxTapPort(Port):
             if error.errno == errno.EAGAIN:
                 self._none_waits()
             elif error.errno not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
-                raise
+                raise _in_words(error) from None
         return moved
 
     def _read_frame(self, views: Sequence[memoryview]) -> int:
@@ -378,7 +378,7 @@ class LinuxTapPort(Port):
                     ctypes.memmove(addresses[len(lengths)], addresses[index], result)
                 lengths.append(result)
             elif -result not in _NOT_NOW and not lengths:
-                raise OSError(-result, os.strerror(-result))
+                raise _in_words(OSError(-result, os.strerror(-result)))
         if lengths and max(lengths) > NET_HDR_SIZE + self.longest:
             self.on_truncated()  # the MTU has changed
         return lengths
@@ -407,7 +407,7 @@ class LinuxTapPort(Port):
         elif error.errno == errno.EIO:  # tun.c: what a write gives while the interface is down
             self.dropped["interface down"] += 1
         else:
-            raise error
+            raise _in_words(error)
 
     def _read_private(self, views: Sequence[memoryview]) -> int:
         """Reads a frame for a room in more pieces than one readv takes."""
@@ -433,6 +433,7 @@ class LinuxTap(Tap):
 
     _fds: tuple[int, ...]
     _control: socket.socket
+    _namespace: str | None = None
 
     def __init__(
         self,
@@ -453,6 +454,7 @@ class LinuxTap(Tap):
         _check_name(name)
         if queues < 1:
             raise UsageError(f"a tap has at least one queue, not {queues}")
+        self._namespace = namespace
         self._take(_in_namespace(namespace, lambda: _open_queues(name, queues)))
         if persist:
             self._or_close(lambda: fcntl.ioctl(self._fds[0], TUNSETPERSIST, 1))
@@ -469,6 +471,38 @@ class LinuxTap(Tap):
         return tap
 
     # --- what all ports share ---
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the interface was deleted; then the descriptors are of none."""
+        return not all(map(_is_attached, self._fds))
+
+    def recover(self) -> None:
+        """See `Link.recover`."""
+        if self.attach_again() and self.on_change is not None:
+            self.on_change()
+
+    def attach_again(self) -> bool:
+        """See `Tap.attach_again`.
+
+        An interface is looked for where the old one was opened. tun.c: a descriptor whose
+        interface is gone can be attached anew.
+        """
+        lost = [fd for fd in self._fds if not _is_attached(fd)]
+        name, queues = self.name, len(self._fds)
+        if not lost or not _in_namespace(
+            self._namespace, lambda: _attach_to_present(lost, name, queues)
+        ):
+            return False
+        self._set_up_queues()
+        self.was_attached_again()
+        self.request_offloads(Offload.NONE)
+        return True
+
+    def was_attached_again(self) -> None:
+        """See `Tap.was_attached_again`: each queue that is attached is in use."""
+        for port in self.ports:
+            port.active = True
 
     def request_offloads(self, wanted: Offload) -> None:
         """Tells the kernel what it may leave undone; frames that wait already stay as they are."""
@@ -578,16 +612,19 @@ class LinuxTap(Tap):
         if len(names) > 1:
             raise UsageError(f"the file descriptors are of different taps: {sorted(names)}")
         (self.name,) = names
-        for fd in self._fds:
-            os.set_blocking(fd, False)
-            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_SIZE))
-            _set_little_endian(fd)
+        self._set_up_queues()
         self.known_flags = _probe(self._fds[0])
         # What the kernel can be asked to leave undone is also what it can finish.
         self.accepts = tun_offloads(self.known_flags)
         self.min_frame = ETHER_HEADER
         self.ports = tuple(LinuxTapPort(fd, self._measure) for fd in self._fds)
         self.request_offloads(Offload.NONE)
+
+    def _set_up_queues(self) -> None:
+        for fd in self._fds:
+            os.set_blocking(fd, False)
+            fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", NET_HDR_SIZE))
+            _set_little_endian(fd)
 
     def _measure(self) -> None:
         """Looks at the MTU again."""
@@ -639,16 +676,7 @@ def _open_queues(name: str, queues: int) -> list[int]:
     try:
         for _ in range(queues):
             fds.append(_open_device())
-            if queues > 1:
-                name = _attach(fds[-1], name, IFF_MULTI_QUEUE)
-                continue
-            try:
-                _attach(fds[-1], name, 0)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                # One queue of a tap that was made for several.
-                _attach(fds[-1], name, IFF_MULTI_QUEUE)
+            name = _attach_one(fds[-1], name, several=queues > 1)
     except OSError as error:
         _close_all(fds)
         raise _explained(error, name, queues) from error
@@ -656,6 +684,21 @@ def _open_queues(name: str, queues: int) -> list[int]:
         _close_all(fds)
         raise
     return fds
+
+
+def _attach_to_present(fds: Sequence[int], name: str, queues: int) -> bool:
+    """Attaches some of a tap's `queues` descriptors to the interface `name`, if there is one.
+
+    It is looked for first, since attaching would make one.
+    """
+    if _kind_of(name) is None:
+        return False
+    try:
+        for fd in fds:
+            _attach_one(fd, name, several=queues > 1)
+    except OSError as error:
+        raise _explained(error, name, queues) from error
+    return True
 
 
 def _open_device() -> int:
@@ -671,6 +714,19 @@ def _open_device() -> int:
         else:
             reason = f"{DEVICE} cannot be opened: {error.strerror}"
         raise OSError(error.errno, reason) from error
+
+
+def _attach_one(fd: int, name: str, *, several: bool) -> str:
+    """Attaches one of several queues, or the only one, and returns the interface's name."""
+    if several:
+        return _attach(fd, name, IFF_MULTI_QUEUE)
+    try:
+        return _attach(fd, name, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # One queue of a tap that was made for several.
+        return _attach(fd, name, IFF_MULTI_QUEUE)
 
 
 def _attach(fd: int, name: str, more: int) -> str:
@@ -729,9 +785,7 @@ def _attached_name(fd: int) -> str:
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EBADF):
             raise UsageError(f"file descriptor {fd} is not an open tap") from error
-        if error.errno == errno.EBADFD:
-            raise OSError(error.errno, "the tap is gone, or was never attached") from error
-        raise
+        raise _in_words(error) from error
     flags = IFREQ.unpack(answer)[1]
     if flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) != IFF_TAP | IFF_NO_PI | IFF_VNET_HDR:
         raise UsageError(
@@ -739,6 +793,21 @@ def _attached_name(fd: int) -> str:
             f"(its flags are {flags:#x})"
         )
     return _name_of(answer)
+
+
+def _is_attached(fd: int) -> bool:
+    try:
+        fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ.size))
+    except OSError as error:
+        return error.errno != errno.EBADFD
+    return True
+
+
+def _in_words(error: OSError) -> OSError:
+    """The same error; what it means for a tap is said where that is something of its own."""
+    if error.errno == errno.EBADFD:
+        return OSError(error.errno, "the tap is gone, or was never attached")
+    return error
 
 
 def _set_little_endian(fd: int) -> None:

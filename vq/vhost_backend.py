@@ -30,6 +30,7 @@ from vq.inflight import InflightRegion
 from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
 from vq.memory import DirtyLog, GuestMemory, Region
+from vq.shared_fd import MadeToWait, drain, signal_event
 from vq.vhost_channel import Channel, Transfer, close_fd
 from vq.vhost_message import (
     BackendRequest,
@@ -53,14 +54,15 @@ from vq.vhost_message import (
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
 
-SYSTEM_CALLS = ("readv",)
-
 log = limited_logger(__name__)
 
 MAX_MEM_SLOTS = 256
 """Regions at most; each takes a descriptor of this process."""
 POLL_SECONDS = 0.001
 """How often a ring is looked at that has no kick descriptor."""
+ENABLE_SECONDS = 0.1
+"""How long what waits in a ring that is started, but disabled, stays there without a kick: many
+frontends start a ring first and enable it a moment later."""
 
 _ANY_DEVICE = (
     ProtocolFeature.MQ,
@@ -75,9 +77,6 @@ _ANY_DEVICE = (
     ProtocolFeature.STATUS,
 )
 _VHOST_FEATURES = feature_mask(VhostFeature)
-_EVENT = (1).to_bytes(8, sys.byteorder)  # the value has no meaning, but an eventfd adds it up
-_KICKS = (bytearray(4096),)
-"""Where kicks are read to; what they say has no meaning. Bytes of their own cost more each time."""
 _FEATURES_OK = int(Status.FEATURES_OK)  # plain integers: flags cost more than the rest of a kick
 _READY = int(Status.FEATURES_OK | Status.DRIVER_OK)
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
@@ -151,6 +150,20 @@ class Kick(enum.Enum):
     IN_BAND = enum.auto()
 
 
+class Held(enum.Enum):
+    """What the device has of a ring ("Ring states").
+
+    A ring that is disabled is the device's to process without side effects. Frontends disable a
+    ring also to take it away: User-Mode Linux does, and frees its memory when the next request was
+    answered. So what waits in it is dealt with at once, and from then on it is touched only for a
+    kick; and after a reset not before it is started anew.
+    """
+
+    NOTHING = enum.auto()
+    DISABLED = enum.auto()
+    ENABLED = enum.auto()
+
+
 @dataclass(slots=True, eq=False)
 class Vring:
     """What the frontend has said about one ring."""
@@ -171,8 +184,16 @@ class Vring:
     call_missed: bool = False
     err_fd: int = -1
     err_was_set: bool = False
-    running: bool = False
-    """Whether the device has the ring now."""
+    waits: int = 0
+    """How often the frontend made us wait for its event descriptors."""
+    started: bool = False
+    """Whether the frontend has started it since the device was reset."""
+    held: Held = Held.NOTHING
+
+    @property
+    def running(self) -> bool:
+        """Whether the device works on the ring now."""
+        return self.held is Held.ENABLED
 
 
 @dataclass(slots=True)
@@ -314,6 +335,7 @@ class Backend:
     def _negotiate(self) -> None:
         """Takes the device through virtio's negotiation, as far as the frontend leaves it to us."""
         device = self.device
+        self._end_lives()
         if device.status:
             device.reset()
         self._negotiated = True
@@ -378,9 +400,14 @@ class Backend:
         self._reset()
         return False
 
-    def _reset(self) -> None:
+    def _end_lives(self) -> None:
+        """The device is about to be reset: no ring is its own any more."""
         for vring in self.vrings:
             self._pause(vring)
+            vring.started = False
+
+    def _reset(self) -> None:
+        self._end_lives()
         self.device.reset()
         self._negotiated = False
         self._fault_told = False
@@ -518,6 +545,7 @@ class Backend:
         vring = self._vring(index)
         if vring.running:
             raise FrontendError(f"ring {index} runs")
+        self._pause(vring)
         return vring
 
     def _set_vring_num(self, state: VringState, _: Message) -> bool:
@@ -562,6 +590,7 @@ class Backend:
             raise FrontendError(f"a position of {state.num:#x} in a split ring")
         vring.base = state.num
         vring.next_used = None
+        self._update(vring)
         return False
 
     def _get_vring_base(self, state: VringState, _: Message) -> _Reply:
@@ -569,6 +598,7 @@ class Backend:
         vring = self._vring(state.ring)
         self._pause(vring)
         self._forget_fds(vring)
+        vring.started = False
         vring.next_used = None
         return _Reply(VringState(state.ring, vring.base))
 
@@ -589,11 +619,12 @@ class Backend:
             vring.kick, vring.kick_fd = Kick.FD, message.take_fd()
         else:
             vring.kick = Kick.POLLED
-        if vring.running:
+        vring.started = True
+        if vring.held is Held.NOTHING:
+            self._update(vring)
+        else:
             self._watch_kick(vring)
             self._notify_soon(vring.index)
-        else:
-            self._update(vring)
         return False
 
     def _set_vring_call(self, which: VringFd, message: Message) -> bool:
@@ -624,6 +655,7 @@ class Backend:
             raise FrontendError(f"{state.num} in a field that must be zero")
         if vring.kick is Kick.NONE:
             vring.kick = Kick.IN_BAND
+            vring.started = True
             self._update(vring)
         # In time for the acknowledgement, which tells a simulation that the kick was served.
         self.device.notify(vring.index)
@@ -637,19 +669,37 @@ class Backend:
 
     def _update(self, vring: Vring) -> None:
         """Starts or stops a ring as what was said about it asks for."""
+        wanted, before = self._wanted(vring), vring.held
+        if wanted is before:
+            return
+        self._pause(vring)
+        if wanted is Held.NOTHING:
+            return
+        self._start(vring, wanted)
+        if vring.held is not Held.DISABLED:
+            return
+        if before is Held.ENABLED:
+            self.device.notify(vring.index)
+        else:
+            self._loop.call_later(ENABLE_SECONDS, partial(self._look_at_disabled, vring))
+
+    def _wanted(self, vring: Vring) -> Held:
+        """What the device should have of the ring."""
         ready = (
-            vring.enabled
-            and vring.kick is not Kick.NONE
+            vring.kick is not Kick.NONE
             and vring.size > 0
             and vring.address is not None
             and bool(self.device.status & Status.FEATURES_OK)
         )
-        if not ready:
-            self._pause(vring)
-        elif not vring.running:
-            self._start(vring)
+        if ready and vring.enabled:
+            return Held.ENABLED
+        return Held.DISABLED if ready and vring.started else Held.NOTHING
 
-    def _start(self, vring: Vring) -> None:
+    def _look_at_disabled(self, vring: Vring) -> None:
+        if vring.held is Held.DISABLED:
+            self.device.notify(vring.index)
+
+    def _start(self, vring: Vring, wanted: Held) -> None:
         """Gives the ring to the device, if the memory that it lies in is there."""
         if vring.address is None:
             return
@@ -695,18 +745,21 @@ class Backend:
             next_used=next_used,
             resubmit=resubmit,
             inflight_log=notes,
+            enabled=wanted is Held.ENABLED,
         )
-        vring.running = True
+        vring.held = wanted
+        vring.started = True
         self._watch_kick(vring)
-        # The kick for what is there already may have gone to an earlier backend.
-        self._notify_soon(vring.index)
+        if wanted is Held.ENABLED:
+            # The kick for what is there already may have gone to an earlier backend.
+            self._notify_soon(vring.index)
         self._tell_fault()
 
     def _pause(self, vring: Vring) -> None:
         """Takes the ring from the device; it can go on at the same place."""
-        if not vring.running:
+        if vring.held is Held.NOTHING:
             return
-        vring.running = False
+        vring.held = Held.NOTHING
         if vring.kick_fd >= 0:
             self._loop.watch(vring.kick_fd)
         queue = self.device.queues[vring.index]
@@ -734,8 +787,7 @@ class Backend:
 
     def _kicked(self, vring: Vring) -> None:
         try:
-            # An eventfd gives one value of eight bytes, a pipe all that wait in it.
-            alive = bool(os.readv(vring.kick_fd, _KICKS))
+            alive = drain(vring.kick_fd)
         except BlockingIOError:
             return
         except OSError as error:
@@ -758,7 +810,11 @@ class Backend:
 
     def _poll(self) -> None:
         self._poll_timer = None
-        polled = [vring for vring in self.vrings if vring.running and vring.kick is Kick.POLLED]
+        polled = [
+            vring
+            for vring in self.vrings
+            if vring.held is not Held.NOTHING and vring.kick is Kick.POLLED
+        ]
         for vring in polled:
             self.device.notify(vring.index)
         if polled:
@@ -792,7 +848,11 @@ class Backend:
         vring = self.vrings[index]
         if vring.call_fd >= 0:
             vring.call_missed = False
-            _signal(vring.call_fd)
+            try:
+                signal_event(vring.call_fd)
+            except (OSError, MadeToWait) as error:
+                if _is_to_be_closed(vring, vring.call_fd, error):
+                    vring.call_fd = close_fd(vring.call_fd)
         elif vring.call_was_set:
             pass  # the frontend polls
         elif self._channel is not None and self._has(ProtocolFeature.INBAND_NOTIFICATIONS):
@@ -821,7 +881,11 @@ class Backend:
             if not vring.running:
                 continue
             if vring.err_fd >= 0:
-                _signal(vring.err_fd)
+                try:
+                    signal_event(vring.err_fd)
+                except (OSError, MadeToWait) as error:
+                    if _is_to_be_closed(vring, vring.err_fd, error):
+                        vring.err_fd = close_fd(vring.err_fd)
             elif (
                 self._channel is not None
                 and not vring.err_was_set
@@ -899,9 +963,12 @@ class Backend:
             raise FrontendError("rings run")
 
     def _take_inflight(self, inflight: InflightRegion) -> None:
+        for vring in self.vrings:
+            self._pause(vring)  # those that are disabled
         if self._inflight is not None:
             self._inflight.close()
         self._inflight = inflight
+        self._update_all()
 
     def _set_device_state_fd(self, transfer: DeviceStateTransfer, message: Message) -> _Reply:
         if transfer.direction > 1 or transfer.phase:
@@ -1027,11 +1094,18 @@ def _map_slot(described: MemoryRegion, message: Message) -> _Slot:
     return _Slot(described, region)
 
 
-def _signal(fd: int) -> None:
-    """Adds an event to an eventfd or a pipe. A full one has an event in it already."""
-    try:
-        os.write(fd, _EVENT)
-    except BlockingIOError:
-        pass
-    except OSError as error:
+def _is_to_be_closed(vring: Vring, fd: int, error: OSError | MadeToWait) -> bool:
+    """Whether a descriptor that an event could not be written to is not to be used again.
+
+    Once may be because all of this machine stood still.
+    """
+    if not isinstance(error, MadeToWait):
         log.debug("an event descriptor cannot be written: %s", error)
+        return False
+    vring.waits += 1
+    if vring.waits > 1:
+        log.warning("ring %d: %s: it gets no more events", vring.index, str(error))
+        return True
+    log.warning("ring %d: %s", vring.index, str(error))
+    os.set_blocking(fd, False)
+    return False

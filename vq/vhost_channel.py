@@ -15,6 +15,7 @@ from collections.abc import Callable
 from vq.errors import FrontendError, VqError
 from vq.log_limit import limited_logger
 from vq.loop import Loop
+from vq.shared_fd import read, write
 from vq.vhost_message import BackendRequest, Decoder, Message, encode
 
 __all__ = ["Channel", "Transfer", "close_fd"]
@@ -23,6 +24,8 @@ log = limited_logger(__name__)
 
 SYSTEM_CALLS = ("getpeername", "getsockname", "getsockopt", "recvfrom", "sendto")
 
+_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
+"""Said with each call: what was set for the socket is the frontend's to take back."""
 MAX_STATE = 1 << 24
 """Bytes of a device's saved state that are taken at most."""
 MAX_CHANNEL_BACKLOG = 256
@@ -76,7 +79,7 @@ class Channel:
     def _flush(self) -> None:
         try:
             while self._backlog:
-                sent = self._socket.send(self._backlog[0])
+                sent = self._socket.send(self._backlog[0], _DONTWAIT)
                 rest = self._backlog.popleft()[sent:]
                 if rest:
                     self._backlog.appendleft(rest)
@@ -93,7 +96,7 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            data = self._socket.recv(max(1, self._decoder.wanted))
+            data = self._socket.recv(max(1, self._decoder.wanted), _DONTWAIT)
             self._decoder.feed(data)
             for reply in self._decoder:
                 if reply.payload:
@@ -145,9 +148,9 @@ class Transfer:
     def _step(self) -> None:
         try:
             while self._load is None and self._data:
-                del self._data[: os.write(self._fd, self._data)]
+                del self._data[: write(self._fd, self._data)]
             while self._load is not None:
-                piece = os.read(self._fd, 65536)
+                piece = read(self._fd, 65536)
                 if not piece:
                     break
                 self._data += piece

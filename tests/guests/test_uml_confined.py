@@ -96,6 +96,38 @@ def test_a_guest_talks_through_a_worker_without_privileges(
         assert_well(served, guest, host)
 
 
+@pytest.mark.parametrize("sandbox", ["require", "off"])
+def test_a_guest_whose_tap_is_deleted_and_made_again_talks_on(
+    host: Namespace, tap: str, tmp_path: Path, sandbox: str
+) -> None:
+    served = Served(tmp_path, tap, f"--sandbox={sandbox}", namespace=host)
+    with ExitStack() as stack:
+        stack.callback(served.close)
+        with or_skip():
+            guest = UmlGuest([(served.sockets[0], 1)])
+        stack.enter_context(guest)
+        address_guest(guest)
+        ping(guest)
+        for life in range(2):
+            host.run(f"ip link del {TAP}")
+            wait_until(lambda: not has_carrier(guest), "word of it in the guest")
+            guest.run(f"ping -c 1 -W 1 {HOST4}")  # to nobody
+            assert served.log().count("the link broke: the tap is gone") == life + 1
+            host.add_tap(TAP)
+            address_host(host)
+            wait_until(lambda: has_carrier(guest), "a carrier in the guest", 10)
+            wait_until(lambda: offload(host, "tx-tcp-segmentation"), "TSO towards the guest")
+            ping(guest)
+            with iperf_server(host):
+                guest.output(f"iperf3 -c {HOST4} -t 1 -R")
+                guest.output(f"iperf3 -c {HOST4} -t 1")
+        assert_well(guest, host)
+
+
+def has_carrier(guest: UmlGuest) -> bool:
+    return guest.output("cat /sys/class/net/eth0/carrier").strip() == "1"
+
+
 # --- what strace sees, which is what the kernel sees ----------------------------------------------
 
 CALL = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(?:\d+:\d+:\d+ )?(?:<\.\.\. )?(\w+)(?:\(| resumed)")

@@ -168,6 +168,7 @@ class ConsoleDevice(DeviceModel):
             self.stats["to_host_bytes"] += count
         if not end.is_listening:
             self._unheard(port)
+            end.want(writing=False)  # a terminal that was closed would be writable until it is seen
         elif budget <= 0:
             port.again.set(0)
         else:
@@ -182,7 +183,7 @@ class ConsoleDevice(DeviceModel):
             last = min(port.backlog, reader.remaining)
             self.stats["unheard_bytes"] += reader.remaining - last
             reader.skip(reader.remaining - last)
-            self._keep(port, reader.read())
+            self._keep(port, reader.read(last))
             request.complete(0)
 
     def _keep(self, port: _PortState, data: bytes) -> None:
@@ -285,6 +286,10 @@ class ConsoleDevice(DeviceModel):
 
     def _control_received(self, requests: Sequence[Request]) -> None:
         for request in requests:
+            if not self.has_feature(ConsoleFeature.MULTIPORT):
+                request.complete(0)  # the queue is none that this driver should use (5.3.2)
+                self.stats["control_ignored"] += 1
+                continue
             message = request.reader.structure(ConsoleControl)
             request.complete(0)
             if message.event == ConsoleEvent.DEVICE_READY:
@@ -352,7 +357,7 @@ class ConsoleDevice(DeviceModel):
         if port is not None and queue.index == port.tx and port.unsent:
             first = port.unsent[0]
             if first.reader.position and first.reader.remaining <= MAX_REST:
-                port.kept += first.reader.read()
+                port.kept += first.reader.read(first.reader.remaining)
                 first.complete(0)
         super().queue_stopping(queue)
         self._forget_requests(queue)

@@ -129,7 +129,7 @@ class VsockDevice(DeviceModel):
         self._lingering: set[_Flow] = set()  # over for the guest, with bytes for the host
         self._greeting: set[_Greeting] = set()
         self._rooms: deque[_Room] = deque()
-        self._resets: dict[tuple[int, int], Header] = {}
+        self._resets: dict[tuple[int, int, int], Header] = {}  # by the guest's port, whom it meant
         self._waiting: deque[_Flow] = deque()  # have something for the guest, need receive buffers
         self._next_port = FIRST_PORT
         self._stopped_at: dict[int, int] = {}  # where rings were that may go on
@@ -200,7 +200,7 @@ class VsockDevice(DeviceModel):
         if header.op == VsockOp.RST:
             return
         if len(self._resets) < MAX_RESETS:
-            self._resets[header.src_port, header.dst_port] = header.reset()
+            self._resets[header.src_port, header.dst_cid, header.dst_port] = header.reset()
 
     def _requested(self, header: Header) -> None:
         """The guest connects to a port of the host."""
@@ -209,6 +209,8 @@ class VsockDevice(DeviceModel):
             self.stats["refused"] += 1
             self._answer_with_reset(header)
             return
+        # An answer to what came before is late: now it would end this connection.
+        self._resets.pop((header.src_port, header.dst_cid, header.dst_port), None)
         flow = self._open(sock, header.src_port, header.dst_port, asking=False)
         flow.connection.receive(header)
         self.stats["connected_from_guest"] += 1
@@ -529,10 +531,12 @@ class VsockDevice(DeviceModel):
 
     def transport_reset(self) -> None:
         """Ends all connections and has the driver told (5.10.6.7), as after a migration."""
+        self._in_turn(self._reset_transport)
+
+    def _reset_transport(self) -> None:
         self._drop_all()
         self._event_due = True
         self._serve()
-        self.flush()
 
     def _tell_event(self) -> None:
         if self._event_due:

@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
+from vq.errors import UsageError, in_words
 from vq.loop import Loop
 from vq.offload import Offload
 from vq.privsep.channel import Channel, channel_pair
@@ -91,6 +92,7 @@ class Helper:
         self._started = 0.0
         self._pause = 0.0
         self._told: dict[int, TapState] = {}
+        self._complaints: dict[int, str] = {}  # what was logged last, by tap
 
     def run(self) -> int:
         """Serves until the loop is stopped or the worker has ended for good; the exit status."""
@@ -256,9 +258,11 @@ class Helper:
         if index >= len(self._taps):
             return TapState(index, generation, error or errno.ENODEV, Offload.NONE, 0, False)
         tap = self._taps[index].tap
+        if tap.is_gone:
+            return TapState(index, generation, error, tap.delivers, 0, up=False, gone=True)
         try:
             up, mtu = tap.is_up, tap.mtu or 0
-        except OSError:  # the interface is gone
+        except OSError:
             up, mtu = False, 0
         return TapState(index, generation, error, tap.delivers, mtu, up)
 
@@ -269,10 +273,24 @@ class Helper:
     def _look_again(self) -> None:
         """Tells the worker about taps that are not as they were."""
         for tap in self._taps:
+            told = self._told.get(tap.index)
+            if told is not None and told.gone:  # the worker has heard that the last one is gone
+                self._find_again(tap)
             state = self._state(tap.index, 0, 0)
-            if self._told.get(tap.index) != state:
+            if told != state:
                 self._tell(state)
         self._loop.call_later(LOOK_SECONDS, self._look_again)
+
+    def _find_again(self, tap: SeparatedTap) -> None:
+        """Takes a tap of the same name, once there is one, in the place of one that is gone."""
+        complaint = ""
+        try:
+            tap.tap.attach_again()
+        except (OSError, UsageError) as error:
+            complaint = in_words(error)
+        if complaint and complaint != self._complaints.get(tap.index):
+            log.warning("%s: there is one again, but: %s", tap.name, complaint)
+        self._complaints[tap.index] = complaint
 
 
 def describe_end(status: int) -> tuple[int, str]:

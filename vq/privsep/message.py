@@ -57,7 +57,8 @@ if _LAYOUT.size != 20:
 
 _UP = 1
 _NUMBERED = 2
-_FLAGS = _UP | _NUMBERED
+_GONE = 4
+_FLAGS = _UP | _NUMBERED | _GONE
 
 
 class _Kind(enum.IntEnum):
@@ -113,6 +114,8 @@ class TapState(NamedTuple):
     mtu: int
     """In bytes; 0 when it is not known."""
     up: bool
+    gone: bool = False
+    """Whether there is no such interface any more."""
 
 
 class Connected(NamedTuple):
@@ -139,8 +142,8 @@ def encode(message: Message) -> bytes:
         case Connect(place, number):
             flags = 0 if number is None else _NUMBERED
             return _LAYOUT.pack(_Kind.CONNECT, place, number or 0, 0, 0, 0, flags)
-        case TapState(tap, generation, error, delivers, mtu, up):
-            flags = _UP if up else 0
+        case TapState(tap, generation, error, delivers, mtu, up, gone):
+            flags = (_UP if up else 0) | (_GONE if gone else 0)
             return _LAYOUT.pack(_Kind.TAP_STATE, tap, generation, int(delivers), mtu, error, flags)
         case Connected(place, error, words, number):
             flags = 0 if number is None else _NUMBERED
@@ -174,8 +177,8 @@ def decode(data: bytes) -> Message:
         case _Kind.CONNECT:
             message = Connect(index, number)
         case _Kind.TAP_STATE:
-            up = bool(flags & _UP)
-            message = TapState(index, generation, error, Offload(offloads), mtu, up)
+            up, gone = bool(flags & _UP), bool(flags & _GONE)
+            message = TapState(index, generation, error, Offload(offloads), mtu, up, gone)
         case _Kind.CONNECTED:
             message = Connected(index, error, words.decode(errors="replace"), number)
         case _:

@@ -39,6 +39,7 @@ class SeparatedTap(Link):
         self.min_frame = tap.min_frame
         self._send: Callable[[Message], None] | None = None
         self._up = False
+        self._gone = False
         self._mtu: int | None = None
         self._generation = 0
         self._asked: int | None = None  # the generation of the request that is under way
@@ -83,6 +84,11 @@ class SeparatedTap(Link):
         """Uses the first `count` queues, which takes no privileges."""
         self.tap.activate_ports(count)
 
+    def recover(self) -> None:
+        """Looks for the tap where it is this process's to control; else the helper does."""
+        if self._send is None and self.tap.attach_again():
+            self._changed()
+
     def close(self) -> None:
         """Closes the tap."""
         self.tap.close()
@@ -98,6 +104,7 @@ class SeparatedTap(Link):
             self._up, self._mtu = self.tap.is_up, self.tap.mtu
         except OSError:  # it is gone already
             self._up, self._mtu = False, None
+        self._gone = self.tap.is_gone
         self._send = send
         self.tap.leave_control(self._truncated)
 
@@ -106,6 +113,13 @@ class SeparatedTap(Link):
         if self._send is None:
             return
         self._up, self._mtu = state.up, state.mtu or None
+        was_gone, self._gone = self._gone, state.gone
+        self._answered(state)
+        if was_gone and not state.gone:
+            self.tap.was_attached_again()
+            self._changed()
+
+    def _answered(self, state: TapState) -> None:
         if state.generation == 0:
             self._looking = False
         elif state.generation == self._asked:
@@ -122,6 +136,10 @@ class SeparatedTap(Link):
         assert self._send is not None
         self._asked = self._generation
         self._send(SetOffloads(self.index, self._generation, self._wanted))
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _truncated(self) -> None:
         """A frame was longer than expected: somebody has changed the MTU."""

@@ -107,6 +107,8 @@ class Kind(enum.IntEnum):
 
     TURNS = 15
     """Who runs the device comes back for work that is left after a turn [or does not, 0]."""
+    DISABLED_SETUP = 16
+    """A queue is set up, but disabled [as `QUEUE_SETUP`]."""
 
     CHAINS = 20
     """What the device finds available [queue, avail.idx, position of the first, whether they are in

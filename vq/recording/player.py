@@ -408,8 +408,8 @@ class _Player:
                     self._found.append(f"the configuration at {numbers[0]}: {difference}")
             case Kind.CONFIG_WRITE:
                 device.write_config(numbers[0], cause.strings[0])
-            case Kind.QUEUE_SETUP:
-                self._set_up(numbers)
+            case Kind.QUEUE_SETUP | Kind.DISABLED_SETUP:
+                self._set_up(numbers, enabled=cause.kind is Kind.QUEUE_SETUP)
             case Kind.QUEUE_RESET:
                 device.reset_queue(numbers[0])
             case Kind.QUEUE_STOP:
@@ -446,7 +446,7 @@ class _Player:
             self._memories.remove(old)
             old.close()
 
-    def _set_up(self, numbers: tuple[int, ...]) -> None:
+    def _set_up(self, numbers: tuple[int, ...], *, enabled: bool) -> None:
         index, size, most, desc, avail, used, next_avail, next_used, *heads = numbers
         if 0 <= index < len(self._queues) and self._device.memory is not None:
             self._device.queues[index].max_size = most  # a transport may allow more than is usual
@@ -461,6 +461,7 @@ class _Player:
             next_avail=next_avail,
             next_used=next_used,
             resubmit=heads,
+            enabled=enabled,
         )
 
     def _make_ring(self, *places: Any, **options: Any) -> SplitRing:

@@ -182,7 +182,7 @@ class Recorder:
         self._look_at_memory()
         heads = where["resubmit"] = list(where.get("resubmit", ()))
         self._cause(
-            Kind.QUEUE_SETUP,
+            Kind.QUEUE_SETUP if where.get("enabled", True) else Kind.DISABLED_SETUP,
             [
                 index,
                 where["size"],

@@ -116,11 +116,12 @@ class _Words:
                 return f"reads config {numbers[0]}+{numbers[1]}: {event.strings[0].hex(' ')}"
             case Kind.CONFIG_WRITE:
                 return f"writes config at {numbers[0]}: {event.strings[0].hex(' ')}"
-            case Kind.QUEUE_SETUP:
+            case Kind.QUEUE_SETUP | Kind.DISABLED_SETUP:
                 index, size, _, desc, avail, used, position, *_ = numbers
+                disabled = " disabled" if event.kind is Kind.DISABLED_SETUP else ""
                 return (
-                    f"sets up {self._queue(index)}: {size} descriptors at {desc:#x}, available"
-                    f" {avail:#x}, used {used:#x}, from position {position}"
+                    f"sets up {self._queue(index)}{disabled}: {size} descriptors at {desc:#x},"
+                    f" available {avail:#x}, used {used:#x}, from position {position}"
                 )
             case Kind.QUEUE_RESET:
                 return f"resets {self._queue(numbers[0])}"

@@ -6,7 +6,7 @@ got is told, and whoever calls decides whether to go on without it.
 
 One module for each system (`linux`, `openbsd`, `freebsd`), the same three functions in each; here
 one of them is chosen. Linux' parts are apart: `seccomp` and `system_calls`, `landlock`,
-`namespaces`, `capabilities`.
+`namespaces`, `capabilities`, `limits`.
 """
 
 from __future__ import annotations
@@ -69,13 +69,14 @@ def confine(policy: Policy) -> Confinement:
     raise UsageError(f"no sandbox is known on {sys.platform}")
 
 
-def keep_helper_privileges(*, again: bool) -> None:
+def keep_helper_privileges(*, taps: bool, again: bool) -> None:
     """In a helper that is root: gives up what it does not need, where the system knows parts of
-    root's privileges. `again` says that it may have to start another worker."""
+    root's privileges. `taps` says that it has some, `again` that it may have to start another
+    worker."""
     if sys.platform == "linux" and os.geteuid() == 0:
         from vq.sandbox import linux
 
-        linux.keep_helper_privileges(again=again)
+        linux.keep_helper_privileges(taps=taps, again=again)
 
 
 def facilities() -> dict[str, bool | int]:

@@ -17,7 +17,7 @@ import errno
 import platform
 from collections.abc import Collection
 
-from vq.sandbox import capabilities, landlock, namespaces
+from vq.sandbox import capabilities, landlock, limits, namespaces
 from vq.sandbox.libc import Libc
 from vq.sandbox.policy import Confinement, Policy, listed
 from vq.sandbox.seccomp import (
@@ -108,25 +108,27 @@ def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
         result.take("namespaces", lambda: _leave_host_as_user(libc))
     result.take("capabilities", lambda: _drop_capabilities(libc))
     result.take("no_new_privs", lambda: _no_new_privileges(libc))
+    result.take("limits", lambda: limits.limit(policy.memory))
     result.take("landlock", lambda: _restrict_files(libc, machine))
     result.take("seccomp", lambda: _filter(libc, machine, policy))
     return result
 
 
-def keep_helper_privileges(*, again: bool, libc: Libc | None = None) -> None:
+def keep_helper_privileges(*, taps: bool, again: bool, libc: Libc | None = None) -> None:
     """In a helper that is root: keeps the capabilities that it may need, and no others.
 
-    They are for the taps, also those that are moved to another network namespace, for ending a
-    worker of another user, and for sockets in a user's directory, to connect to and to remove; with
-    `again` also for starting another worker.
+    They are for ending a worker of another user, and for sockets in a user's directory, to connect
+    to and to remove. With `taps` also for their settings, and for following one that is moved to
+    another network namespace (setns(2)); with `again` for starting another worker, which makes
+    namespaces of its own and becomes another user.
     """
     libc = libc or Libc()
-    kept = {
-        *(capabilities.CAP_NET_ADMIN, capabilities.CAP_SYS_ADMIN),
-        *(capabilities.CAP_KILL, capabilities.CAP_DAC_OVERRIDE),
-    }
+    kept = {capabilities.CAP_KILL, capabilities.CAP_DAC_OVERRIDE}
+    if taps:
+        kept |= {capabilities.CAP_NET_ADMIN, capabilities.CAP_SYS_ADMIN}
     if again:
         kept |= {capabilities.CAP_SETUID, capabilities.CAP_SETGID, capabilities.CAP_SETPCAP}
+        kept |= {capabilities.CAP_SYS_ADMIN}
     _no_new_privileges(libc)
     has = capabilities.permitted(libc)
     capabilities.bound(libc, kept)

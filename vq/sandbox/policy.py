@@ -26,6 +26,8 @@ class Policy:
     """Requests that it makes of its descriptors, beside those that modules list."""
     data_fds: tuple[int, ...] = ()
     """Descriptors of which it only reads and writes data, and waits for it."""
+    memory: int | None = None
+    """Bytes of memory that it may have of its own, beside the guests'; None for no limit."""
 
 
 @dataclasses.dataclass

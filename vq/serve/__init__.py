@@ -25,6 +25,7 @@ from vq.privsep import Helper, Worker
 from vq.serve import confinement, transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
+from vq.shared_fd import Watchdog
 
 __all__ = ["KINDS", "add_arguments", "parse", "run"]
 
@@ -119,7 +120,7 @@ class _Service:
 
     def _worker_is_ready(self) -> None:
         if self._args.sandbox != "off":
-            sandbox.keep_helper_privileges(again=self._args.restart)
+            sandbox.keep_helper_privileges(taps=bool(self._kind.taps), again=self._args.restart)
         transport.tell_supervisor("READY=1")
 
     def _work(self, worker: Worker) -> int:
@@ -148,6 +149,7 @@ class _Service:
         """Serves the devices in this process; `ready` is called once frontends may come."""
         args, kind = self._args, self._kind
         with ExitStack() as stack:
+            stack.enter_context(Watchdog())
             if args.record is not None:
                 _record(self._devices[0], args, self._words, stack)
             for place, device in zip(self._places, self._devices, strict=True):

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable
 
-from vq import sandbox
+from vq import options, sandbox
 from vq.errors import UsageError
 from vq.privsep import SeparatedTap
 
@@ -17,6 +17,8 @@ __all__ = ["add_arguments", "check", "close_strays", "confine", "open_descriptor
 log = logging.getLogger(__name__)
 
 NOBODY = "nobody"
+MEMORY_LIMIT = 1024
+"""MiB: many times what any device of vq's takes, and less than what would hurt a host."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--user",
         metavar="NAME",
         help=f"who serves guests when root starts this (default: {NOBODY})",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=options.positive,
+        default=MEMORY_LIMIT,
+        metavar="MIB",
+        help="what the process that serves guests may have of its own, beside their memory, where"
+        " this system can tell the two apart (default: %(default)s)",
     )
     parser.add_argument(
         "--restart",
@@ -72,6 +82,7 @@ def confine(
             user=user,
             ioctls=tuple({request for requests, _ in ports for request in requests}),
             data_fds=tuple(fd for _, fd in ports if fd is not None),
+            memory=args.memory_limit << 20,
         )
     )
     missing = ", ".join(f"{name} ({why})" for name, why in held.missing.items())

@@ -178,6 +178,10 @@ class VhostFrontend:
         self._ask_for(Request.GET_VRING_BASE, VringState(index, 0))
         self._close_events(index)
 
+    def enable(self, index: int, enabled: bool) -> None:
+        """Enables or disables a ring that is set up, as frontends do with queue pairs."""
+        self._tell(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+
     def notify(self, index: int, /) -> None:
         """Kicks. Nothing happens when the backend is dead."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
@@ -314,7 +318,7 @@ class VhostFrontend:
         finally:
             os.close(kick_end)
             os.close(call_end)
-        self._tell(Request.SET_VRING_ENABLE, VringState(index, 1))
+        self.enable(index, True)
 
     def _close_events(self, index: int) -> None:
         vring = self._vrings.pop(index, None)
