@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import tempfile
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
 from vq.driver import Driver, DriverRing, GuestBuffer
 from vq.gather import IoVectors
-from vq.link import MAX_FRAME, Frame, Link, PlacesRoom, Port, Room, scatter
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
@@ -122,7 +123,8 @@ class ScriptedPort(Port):
             assert length > 12 + longest
             headers += header[:10] + b"\0\0"
             ctypes.memmove(address, header[:10] + b"\0\0" + data, 12 + len(data))
-        if room.commit_apart([12 + len(data) for _, data in frames], memoryview(headers)):
+        lengths = array("I", [12 + len(data) for _, data in frames])
+        if room.commit_apart(lengths, memoryview(headers)):
             for number, (address, _) in enumerate(zip(places[0], frames, strict=False)):
                 ctypes.memmove(address, bytes(headers[12 * number : 12 * number + 12]), 12)
         return len(frames)
@@ -141,12 +143,13 @@ class ScriptedOutbox:
         self._port = port
         self._taken = b""
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
-        assert 1 <= len(addresses) <= 64 and sum(lengths) == total <= self.most_bytes
-        self._taken = b"".join(map(ctypes.string_at, addresses, lengths))
-        return memoryview(self._taken + b"what follows")
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
+        assert 1 <= len(addresses) <= MOST_AT_ONCE and sum(lengths) == total <= self.most_bytes
+        frames = list(map(ctypes.string_at, addresses, lengths))
+        self._taken = b"".join(frames)
+        return memoryview(b"".join(frame[:4] for frame in frames)).cast("I")
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         starts = itertools.accumulate(lengths, initial=0)
         whole = [self._taken[s : s + length] for s, length in zip(starts, lengths, strict=False)]
         frames: list[Frame] = [[PLAIN, frame[12:]] for frame in whole]

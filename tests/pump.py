@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -235,7 +236,7 @@ class _WatchedOutbox:
         self._send = outbox.send
         self._port = port
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         self._port.refused += max(0, len(lengths) - self._port.most_at_once)
         if not lengths[: self._port.most_at_once]:
             return 0
@@ -259,7 +260,7 @@ class _Watched:
         self._count(header, length)
         self._room.commit(header, length)
 
-    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         for number, length in enumerate(lengths):
             self._count(bytes(headers[12 * number : 12 * number + 12]), length - 12)
         return self._room.commit_apart(lengths, headers)

@@ -55,13 +55,13 @@ def test_requests_are_done_in_their_order_round_and_round(
         count = turn % 8 + 1
         texts = [b"%d %d" % (turn, n) + bytes(n) for n in range(count)]
         buffers = point(requests, 0, texts)
-        assert requests.submit(0, count) == [len(text) for text in texts]
+        assert requests.submit(0, count).tolist() == [len(text) for text in texts]
         assert [far.recv(100) for _ in texts] == texts
         for text in texts[1:]:
             far.send(text)
         buffers = point(requests, 8, [bytes(20)] * count)
         lengths = [len(text) for text in texts[1:]]
-        assert requests.submit(8, count) == [*lengths, -errno.EAGAIN]
+        assert requests.submit(8, count).tolist() == [*lengths, -errno.EAGAIN]
         assert [b.raw[:n] for b, n in zip(buffers, lengths, strict=False)] == texts[1:]
     requests.close()
 
@@ -73,7 +73,7 @@ def test_a_read_that_finds_nothing_is_not_left_waiting(
     near, far = pair
     requests = ring(near.fileno(), Opcode.READ)
     buffers = point(requests, 0, [b"mine"] * 8)
-    assert requests.submit(0, 8) == [-errno.EAGAIN] * 8
+    assert requests.submit(0, 8).tolist() == [-errno.EAGAIN] * 8
     far.send(b"late")
     assert all(b.raw == b"mine" for b in buffers)
     assert near.recv(100) == b"late"
@@ -84,7 +84,7 @@ def test_even_a_blocking_file_does_not_make_it_wait() -> None:
     reading, writing = os.pipe()
     requests = ring(reading, Opcode.READ)
     point(requests, 0, [b"mine"])
-    assert requests.submit(0, 1) in ([-errno.EAGAIN], [-errno.EOPNOTSUPP])
+    assert requests.submit(0, 1).tolist() in ([-errno.EAGAIN], [-errno.EOPNOTSUPP])
     requests.close()
     os.close(reading)
     os.close(writing)
@@ -97,7 +97,7 @@ def test_memory_that_is_not_there_fails_one_request_only(
     requests = ring(near.fileno(), Opcode.WRITE)
     buffers = point(requests, 0, [b"one", b"two", b"three"])
     requests.addresses[1] = 1 << 12
-    assert requests.submit(0, 3) == [3, -errno.EFAULT, 5]
+    assert requests.submit(0, 3).tolist() == [3, -errno.EFAULT, 5]
     assert [far.recv(100), far.recv(100)] == [b"one", b"three"]
     requests.close()
     assert buffers
@@ -117,9 +117,9 @@ def test_a_ring_can_be_used_for_nothing_else(
     buffers = point(requests, 0, [bytes(8)])
     assert bytes(requests._entries[:2]) == bytes([22, 1])
     requests._entries[:2] = bytes([opcode, flags])
-    assert requests.submit(0, 1) == [-errno.EACCES], name
+    assert requests.submit(0, 1).tolist() == [-errno.EACCES], name
     requests._entries[:2] = bytes([22, 1])
-    assert requests.submit(0, 1) == [5] and buffers[0].raw == b"hello\0\0\0"
+    assert requests.submit(0, 1).tolist() == [5] and buffers[0].raw == b"hello\0\0\0"
     with pytest.raises(OSError, match="ermission"):
         requests._register(io_uring._REGISTER_FILES, struct.pack("=i", far.fileno()), 1)
     requests.close()
@@ -133,7 +133,7 @@ def test_answers_out_of_turn_are_put_in_order(pair: tuple[socket.socket, socket.
     for offset, number in enumerate(numbers):
         requests._who[place + offset] = number
         requests._results[place + offset] = 100 + number
-    assert requests._collect(0, 4) == [100, 101, 102, 103]
+    assert requests._collect(0, 4).tolist() == [100, 101, 102, 103]
     requests.close()
 
 

@@ -24,7 +24,7 @@ from vq.link import link_pair
 from vq.log_limit import LINES, LogLimit, limited_logger
 from vq.loop import Loop
 from vq.memory import GuestMemory
-from vq.net import BURST, BURSTS_PER_TURN, COMMANDS_PER_TURN, DEFAULT_MAC, NetDevice
+from vq.net import COMMANDS_PER_TURN, DEFAULT_MAC, FRAMES_PER_TURN, NetDevice
 from vq.net_filter import MAX_TABLE
 from vq.offload import Offload
 from vq.split_ring import SplitRing
@@ -33,7 +33,6 @@ from vq.vhost_message import BackendRequest, Message
 from vq.vhost_user import MESSAGES_PER_TURN, Connection, Server
 
 MIB = 1 << 20
-TURN = BURST * BURSTS_PER_TURN
 
 
 @pytest.fixture
@@ -377,12 +376,12 @@ def test_a_queue_that_never_runs_dry_keeps_no_other_device_waiting() -> None:
         for _ in range(20):
             before = busy.sent
             loop.run_once(0)
-            assert busy.sent - before <= TURN
+            assert busy.sent - before <= FRAMES_PER_TURN
             modest.guest.offer(1, [modest.place], kick=False)
             modest.guest.ring(1).publish()
             loop.call_soon(lambda: modest.world.device.notify(1))
         loop.run_once(0)
-        assert modest.sent == 20 and busy.sent >= 10 * TURN and busy.left
+        assert modest.sent == 20 and busy.sent >= 10 * FRAMES_PER_TURN and busy.left
     loop.close()
 
 
@@ -444,7 +443,7 @@ def test_two_guests_on_one_cable_do_not_keep_each_other_busy_without_end() -> No
         for _ in range(30):
             before = taker.device.stats["rx_frames"]
             loop.run_once(0)
-            assert taker.device.stats["rx_frames"] - before <= 4 * TURN
+            assert taker.device.stats["rx_frames"] - before <= 4 * FRAMES_PER_TURN
         assert taker.device.stats["rx_frames"] >= 30 * 16 and budget
     loop.close()
 

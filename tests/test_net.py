@@ -28,7 +28,7 @@ from net_world import (
 
 from vq.abi import Feature, NetFeature, Status, bits, feature_mask
 from vq.errors import DriverError, UsageError
-from vq.link import Frame, LoopbackLink, NullLink, link_pair
+from vq.link import MOST_AT_ONCE, Frame, LoopbackLink, NullLink, link_pair
 from vq.memory import GuestMemory
 from vq.net import DEFAULT_MAC, NetDevice
 from vq.net_driver import Layout, NetDriver, NetHeader
@@ -1391,7 +1391,7 @@ def test_what_a_driver_does_inside_a_callback_holds_at_once(
     else:
         assert not device.status & Status.NEEDS_RESET, device.fault
     if occasion in ("transmit", "backlog"):
-        assert sent_at_reset <= 64
+        assert sent_at_reset <= MOST_AT_ONCE
     link.port.error = None
     link.port.incoming.clear()
     link.port.written.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import random
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -483,7 +484,7 @@ class World:
 
     def key(self) -> tuple[object, ...]:
         books = {**vars(self.driver), **{f"device{k}": v for k, v in vars(self.device).items()}}
-        kept = (int, bool, list, dict, set, deque)
+        kept = (int, bool, list, dict, set, deque, array)
         state = sorted((k, repr(v)) for k, v in books.items() if isinstance(v, kept))
         return (self.model, bytes(self.view), *state)
 
@@ -627,8 +628,8 @@ def shallow(ring: Any) -> Any:
     """A copy of a ring with books of its own, over the same memory."""
     new = copy.copy(ring)
     for name, value in vars(new).items():
-        if isinstance(value, list | dict | set | deque):
-            setattr(new, name, value.copy())
+        if isinstance(value, list | dict | set | deque | array):
+            setattr(new, name, copy.copy(value))
     return new
 
 

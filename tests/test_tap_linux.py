@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -951,9 +952,10 @@ class LendingRoom:
 
     def lend_apart(self, limit: int, longest: int) -> Places:
         free = self.memory[len(self.lengths) :][:limit]
-        return [ctypes.addressof(place) for place in free], [self.size] * len(free)
+        addresses = array("Q", map(ctypes.addressof, free))
+        return addresses, array("I", [self.size] * len(free))
 
-    def commit_apart(self, lengths: list[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         assert len(headers) == 12 * len(lengths)
         assert bytes(headers) == bytes(len(headers))
         headers[10::12] = b"\7" * len(lengths)
@@ -985,17 +987,17 @@ def outbox_of(tap: LinuxTap) -> Outbox:
     return outbox
 
 
-def take(outbox: Outbox, frames: Sequence[bytes]) -> list[int]:
+def take(outbox: Outbox, frames: Sequence[bytes]) -> array[int]:
     """Has the outbox take frames that lie apart in memory; returns their lengths."""
     buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
-    lengths = [len(frame) for frame in frames]
-    taken = outbox.take([ctypes.addressof(b) for b in buffers], lengths, sum(lengths))
-    assert bytes(taken[: sum(lengths)]) == b"".join(frames)
+    lengths = array("I", map(len, frames))
+    taken = outbox.take(array("Q", map(ctypes.addressof, buffers)), lengths, sum(lengths))
+    assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
     return lengths
 
 
 @needs_tap
-@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
 def test_a_burst_of_short_frames_arrives_in_its_order(
     namespace: str, tap: LinuxTap, count: int
 ) -> None:
@@ -1049,7 +1051,7 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
 ) -> None:
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
     assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     assert tap.ports[0].dropped == dropped
 
@@ -1069,10 +1071,11 @@ def test_memory_that_is_not_there_is_an_error_and_nothing_is_sent(tap: LinuxTap)
     """As when a guest's file was cut short: a signal would end the process."""
     outbox = outbox_of(tap)
     with pytest.raises(OSError, match="Bad address"):
-        outbox.take([1 << 20], [64], 64)
+        outbox.take(array("Q", [1 << 20]), array("I", [64]), 64)
     present = ctypes.create_string_buffer(64)
     with pytest.raises(OSError, match="Bad address"):
-        outbox.take([ctypes.addressof(present), 1 << 20], [64, 64], 128)
+        addresses = array("Q", [ctypes.addressof(present), 1 << 20])
+        outbox.take(addresses, array("I", [64, 64]), 128)
 
 
 @needs_tap
@@ -1123,10 +1126,10 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
     outbox_of(tap)
     room = LendingRoom(100)
 
-    def submit(*_: object) -> list[int]:
+    def submit(*_: object) -> array[int]:
         for number, place in enumerate(room.memory[:4]):
             place[12:] = bytes([number]) * 88
-        return [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4]
+        return array("i", [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4])
 
     monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
     tap.ports[0].longest = 80

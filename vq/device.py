@@ -417,7 +417,6 @@ class Device(ABC):
         ring = queue.ring
         if queue.enabled:
             self._run("queue_stopping", self.queue_stopping, queue)
-        queue.unfinished = (*queue.unfinished, *ring.left_over())
         next_avail = ring.next_avail
         queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None

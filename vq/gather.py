@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -26,20 +27,25 @@ SYSTEM_CALLS = ("preadv", "pwritev", "readv")
 
 
 class IoVectors:
-    """An array of `count` times `struct iovec`; `address` is where it lies."""
+    """An array of `count` times `struct iovec`; `address` is where it lies.
+
+    Pieces are shorter than 4 GiB. Columns that are arrays, addresses of "Q" and lengths of "I", are
+    stored as they are, which is the fastest.
+    """
 
     def __init__(self, count: int) -> None:
         memory = (ctypes.c_ubyte * (2 * _WORD * count))()
         self.address = ctypes.addressof(memory)
         self.count = count
-        words = memoryview(memory).cast("B").cast("L")
-        self._addresses, self._lengths = words[::2], words[1::2]
+        view = memoryview(memory).cast("B")
+        self._addresses = (view.cast("Q") if _WORD == 8 else view.cast("I"))[::2]
+        self._lengths = view.cast("I")[_LENGTH :: _WORD // 2]
 
     def put(self, first: int, addresses: Sequence[int], lengths: Sequence[int]) -> None:
         """Stores pieces from number `first` on. There must be as many lengths as addresses."""
         end = first + len(addresses)
-        self._addresses[first:end] = array("L", addresses)
-        self._lengths[first:end] = array("L", lengths)
+        self._addresses[first:end] = _column(_WORD_CODE, addresses)
+        self._lengths[first:end] = _column("I", lengths)
 
     def read(self, fd: int, first: int, count: int) -> int:
         """readv(2) into `count` pieces from number `first` on; returns how many bytes it read.
@@ -98,7 +104,17 @@ class Slab:
             raise OSError(code, f"memory cannot be copied: {os.strerror(code)}")
 
 
-_WORD = ctypes.sizeof(ctypes.c_void_p)  # as wide as size_t, and as the "L" of arrays
+def _column(code: str, numbers: Sequence[int]) -> array[int]:
+    """The numbers as an array of this type."""
+    if isinstance(numbers, array) and numbers.typecode == code:
+        return numbers
+    return array(code, numbers)
+
+
+_WORD = ctypes.sizeof(ctypes.c_void_p)  # as wide as size_t
+_WORD_CODE = "Q" if _WORD == 8 else "I"
+_LENGTH = _WORD // 4 if sys.byteorder == "little" else _WORD // 2 - 1
+"""Which of the 32-bit halves of a vector's words has the lower half of the length."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

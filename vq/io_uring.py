@@ -137,8 +137,8 @@ class RequestRing:
         self._numbers = memoryview(array("I", range(size)))
         self._expected = memoryview(array("i", range(size)))
 
-    def submit(self, first: int, count: int) -> list[int]:
-        """Does `count` requests from entry `first` on; returns their results in order.
+    def submit(self, first: int, count: int) -> array[int]:
+        """Does `count` requests from entry `first` on; returns their results in order ("i").
 
         A result is a number of bytes, or a negative errno. There are fewer of them when the kernel
         would not start more. Raises `OSError` when it started none.
@@ -163,19 +163,20 @@ class RequestRing:
                 self._register(_UNREGISTER_FILES, None, 0)
         self._finalizer()
 
-    def _collect(self, first: int, count: int) -> list[int]:
+    def _collect(self, first: int, count: int) -> array[int]:
         words = self._words
         done = words[self._done]
         slot = done & (self._completions - 1)
         end = slot + count
-        who, results = self._who[slot:end], self._results[slot:end].tolist()
+        who, results = self._who[slot:end], array("i", self._results[slot:end].tobytes())
         in_turn = who == self._expected[first : first + len(who)]
         if end > self._completions:
-            results += self._results[: end - self._completions].tolist()
+            results.frombytes(self._results[: end - self._completions].tobytes())
             in_turn = False
         if not in_turn:
             numbers = who.tolist() + self._who[: count - len(who)].tolist()
-            results = [result for _, result in sorted(zip(numbers, results, strict=True))]
+            in_order = sorted(zip(numbers, results, strict=True))
+            results = array("i", [result for _, result in in_order])
         words[self._done] = (done + count) & 0xFFFFFFFF
         return results
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeAlias
@@ -24,6 +25,7 @@ from vq.offload import ALL, Offload
 
 __all__ = [
     "MAX_FRAME",
+    "MOST_AT_ONCE",
     "SHORT_OF_MEMORY",
     "Frame",
     "FrameBuffer",
@@ -48,6 +50,8 @@ Frame: TypeAlias = list[FrameBuffer]
 
 SHORT_OF_MEMORY = frozenset((errno.ENOBUFS, errno.ENOMEM))
 """Errors that pass: the kernel has no memory just now. A link that reports one is not broken."""
+MOST_AT_ONCE = 128
+"""Short frames that are moved together at most, by an outbox or to places lent apart."""
 MAX_FRAME = 262144
 """The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 
@@ -77,12 +81,12 @@ class PlacesRoom(Room, Protocol):
 
     def lend_apart(self, limit: int, longest: int) -> Places | None:
         """A place each for up to `limit` frames of up to `longest` bytes, and a byte more, by which
-        the link knows a frame that was longer.
+        the link knows a frame that was longer. They are `MOST_AT_ONCE` at most.
 
         None when frames have to be dealt with one by one.
         """
 
-    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         """Frames stand in the first places that were lent, each of so many bytes, header included.
 
         `headers` is a private copy of their net headers, one behind another. When the answer is
@@ -100,8 +104,8 @@ class PlacesRoom(Room, Protocol):
         """A frame stands there, of so many bytes, header included."""
 
 
-Places: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""Addresses, and lengths in bytes."""
+Places: TypeAlias = tuple["array[int]", "array[int]"]
+"""Addresses ("Q"), and lengths in bytes ("I")."""
 
 
 class Outbox(Protocol):
@@ -111,16 +115,17 @@ class Outbox(Protocol):
     """
 
     most_bytes: int
-    """What it takes at a time, net headers included; frames are at most 64."""
+    """What it takes at a time, net headers included; frames are at most `MOST_AT_ONCE`."""
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
-        """A private copy of frames with their net headers, one right behind another, in `total`
-        bytes; what follows in the view means nothing.
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
+        """Makes a private copy of frames with their net headers, `total` bytes in all.
 
-        Raises `OSError` when that memory cannot be read.
+        Addresses are "Q", lengths "I". Returns the first four bytes of each header in the copy: a
+        view of format "I", with as many words as there are frames. Raises `OSError` when that
+        memory cannot be read.
         """
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         """Sends what was taken; returns how many frames it dealt with, as `Port.write_burst` does.
 
         Their headers leave nothing undone, and no frame is too short.
@@ -134,6 +139,8 @@ class Port(ABC):
     """Called by a port without a file descriptor when frames start to wait in it."""
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
+    burst = 64
+    """Frames that are best read at a time, now."""
     none_waits_inside: ClassVar[bool] = False
     """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
     read before there is none. A port that keeps frames in this process must be read to the end."""

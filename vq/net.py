@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,13 +34,13 @@ from vq.abi import (
 )
 from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
 from vq.errors import DriverError, UsageError, in_words
-from vq.link import Frame, Link, Port
+from vq.link import MOST_AT_ONCE, Frame, Link, Port
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
 from vq.net_filter import BROADCAST, MAX_TABLE, ReceiveFilter
 from vq.net_receive import ReceiveWindow
-from vq.net_transmit import MOST_AT_ONCE, FrameMaker, Responder
+from vq.net_transmit import FrameMaker, Responder
 from vq.offload import (
     Offload,
     features_for_guest,
@@ -64,12 +65,14 @@ MAX_QUEUE_PAIRS = 0x8000  # virtio 1.3, 5.1.4.1
 BURST = 64
 COMMANDS_PER_TURN = 8
 """Each may be 64 KiB long, and make the link change its offloads by a system call."""
+_NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
-BURSTS_PER_TURN = 4
-"""A turn on one queue, so that a busy guest does not keep the other queues waiting."""
+FRAMES_PER_TURN = 256
+"""When a turn on one queue ends, with the burst that reaches it: so that a busy guest does not keep
+the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -493,7 +496,8 @@ class NetDevice(Device):
         if backlog and not (self._send_backlog(queue, ring) and self.holds(queue, ring)):
             return False
         ring.disable_kicks()
-        for _ in range(BURSTS_PER_TURN):
+        frames = 0
+        while frames < FRAMES_PER_TURN:
             chains, sent = _NONE_TAKEN
             if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
                 chains, sent = self._send_plain(queue, ring)
@@ -524,7 +528,8 @@ class NetDevice(Device):
                     return False
                 if burst.left:
                     return True  # that was more than a turn's work
-            if sent or len(chains) == BURST:
+            frames += sent + len(chains)
+            if sent or len(chains) >= BURST:
                 continue
             if not ring.enable_kicks():
                 return False
@@ -549,7 +554,7 @@ class NetDevice(Device):
             sent = 0
         if not self.holds(queue, ring):
             return (), sent
-        run.give_back([0] * sent)
+        run.give_back(_NOTHING_WRITTEN[:sent])
         return run.to_chains(), sent
 
     def _send(
@@ -643,10 +648,11 @@ class NetDevice(Device):
         alone = pace.begin() and polled
         frames = 0
         try:
-            for _ in range(BURSTS_PER_TURN):
-                moved = port.read_burst(window, 1 if alone else BURST)
+            while frames < FRAMES_PER_TURN:
+                limit = 1 if alone else port.burst
+                moved = port.read_burst(window, limit)
                 frames += moved
-                if alone or moved < BURST:
+                if alone or moved < limit:
                     return False
                 if not self.holds(queue, ring):
                     return False

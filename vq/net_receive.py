@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
+from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -23,7 +25,8 @@ from itertools import accumulate
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
-from vq.link import MAX_FRAME, Frame, Places, scatter
+from vq.lanes import total
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
 from vq.packet import copy_range, cut
@@ -46,8 +49,8 @@ _VECTORS = 2048
 _NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
 _ONE_BUFFER = (1).to_bytes(2, "little")
-_ONES = memoryview(b"\1" * _REFILL)
-_ZEROS = memoryview(bytes(_REFILL))
+_ONES = memoryview(b"\1" * MOST_AT_ONCE)
+_NOTHING_UNDONE = memoryview(bytes(2 * MOST_AT_ONCE)).cast("H")
 
 
 class ReceiveWindow:
@@ -187,25 +190,26 @@ class ReceiveWindow:
             return None
         self._usual.give_back()
         run = self._usual.run
+        limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
-            self._usual.refill()
+            self._usual.refill(MOST_AT_ONCE)
         if run.shortest <= NET_HDR_SIZE + longest:
             return None
         return run.addresses[:limit], run.lengths[:limit]
 
-    def commit_apart(self, lengths: Sequence[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
         """See `vq.link.PlacesRoom`."""
         count = len(lengths)
-        flags, gso_types = headers[::NET_HDR_SIZE], headers[1::NET_HDR_SIZE]
-        if not _all_zero(flags) or not _all_zero(gso_types):
+        flags_and_gso = headers.cast("H")[:: NET_HDR_SIZE // 2]
+        if flags_and_gso != _NOTHING_UNDONE[:count]:
             as_is = self._as_is
-            if not all(bytes(pair) in as_is for pair in zip(flags, gso_types, strict=True)):
+            if not all(pair.to_bytes(2, sys.byteorder) in as_is for pair in flags_and_gso):
                 self._commit_one_by_one(lengths, headers)
                 return False
         headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
         self._usual.use(lengths)
         self._stats["rx_frames"] += count
-        self._stats["rx_bytes"] += sum(lengths) - NET_HDR_SIZE * count
+        self._stats["rx_bytes"] += total(lengths) - NET_HDR_SIZE * count
         return True
 
     def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
@@ -536,16 +540,16 @@ class _UsualBuffers:
         """How many of those left were lent for the next frame."""
         self.given_back = False
         """Whether used elements were written; for the window to set back."""
-        self._written: list[int] = []
+        self._written = array("I")
         self._spill = spill
         self._spill_place = [address_of(spill)], [len(spill)]
         self._vectors = IoVectors(_VECTORS)
         self._first = 0  # the vector of the run's first buffer
         self._shown = 0  # buffers that have a vector; the spill's is behind them
 
-    def refill(self) -> bool:
-        """Takes more buffers; whether there were any."""
-        taken = self.run.pop(_REFILL)
+    def refill(self, limit: int = _REFILL) -> bool:
+        """Takes up to `limit` more buffers; whether there were any."""
+        taken = self.run.pop(limit)
         self.left += taken
         return taken > 0
 
@@ -576,7 +580,7 @@ class _UsualBuffers:
         self.lent = lent = min(wanted, self.left)
         return self._vectors, self._first + self.used, lent + (lent < wanted)
 
-    def spread(self, length: int) -> list[int] | None:
+    def spread(self, length: int) -> array[int] | None:
         """The bytes in each buffer of a frame that fills several; None if there are too few.
 
         What stands in the spill is copied to where it belongs.
@@ -610,7 +614,7 @@ class _UsualBuffers:
         """Frames stand in the next buffers, so many bytes in each."""
         self.used += len(written)
         self.left -= len(written)
-        self._written += written
+        self._written.extend(written)
 
     def give_back(self) -> None:
         """Writes the used elements."""
@@ -618,7 +622,7 @@ class _UsualBuffers:
             self.run.give_back(self._written)
             self._first += self.used
             self._shown = max(0, self._shown - self.used)
-            self.used, self._written, self.given_back = 0, [], True
+            self.used, self._written, self.given_back = 0, array("I"), True
 
     def _show(self) -> None:
         """Gives each buffer its vector."""
@@ -630,10 +634,6 @@ class _UsualBuffers:
         self._vectors.put(place, run.addresses[self._shown :], run.lengths[self._shown :])
         self._shown = len(run)
         self._vectors.put(self._first + self._shown, *self._spill_place)
-
-
-def _all_zero(column: memoryview) -> bool:
-    return column == _ZEROS[: len(column)]
 
 
 def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:

@@ -12,35 +12,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TypeAlias
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
-from vq.link import MAX_FRAME, Frame, Link, Outbox
+from vq.lanes import total
+from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
 from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
 from vq.split_ring import Chain, Run
 
-__all__ = ["MOST_AT_ONCE", "Burst", "FrameMaker", "Responder"]
+__all__ = ["Burst", "FrameMaker", "Responder"]
 
 Responder: TypeAlias = Callable[[Sequence[Buffer]], bytes | None]
 """Is shown a frame from the guest, and gives the whole frame that answers it, or None.
 
 The pieces are views of guest memory, whose bytes may change between two looks at them.
 """
-MOST_AT_ONCE = 64
-"""Frames that `send_plain` looks at together."""
 _DETOUR = 64
 """Bursts that go the plain way before the short one is tried again."""
 _ETHERNET = 14
 _MAX_FRAMES = 1024
 """Frames of one burst, unless one chain alone makes more. Segments cut in software count: a guest
 must not have tens of thousands of them made in one go."""
-_LOOKED_AT = 4
-"""Bytes of the net header in which nothing is found when nothing is undone."""
-_NO_FIELDS = memoryview(bytes(_LOOKED_AT * MOST_AT_ONCE)).cast("I")
+_NO_FIELDS = memoryview(bytes(4 * MOST_AT_ONCE)).cast("I")
 _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
 
 
@@ -95,26 +91,27 @@ class FrameMaker:
         0 leaves them to `make`, whatever the reason. Raises `OSError` when the link is gone.
         """
         lengths = run.lengths
-        total = sum(lengths)
         self._detour = _DETOUR  # until all goes well
         if (
             not run
             or self._responders
             or self.locked_mac is not None
             or run.shortest < NET_HDR_SIZE + max(self._link.min_frame, 1)
-            or total > outbox.most_bytes
+            or (size := total(lengths)) > outbox.most_bytes
         ):
             return 0
         try:
-            frames = outbox.take(run.addresses, lengths, total)
+            headers = outbox.take(run.addresses, lengths, size)
         except OSError:  # memory that is not there
             return 0
-        if not _nothing_undone(frames, lengths, total):
+        # Flags, gso_type and hdr_len: the other fields have no meaning where nothing is undone.
+        # hdr_len has none either then, but a tap may refuse it.
+        if headers != _NO_FIELDS[: len(lengths)]:
             return 0
         self._detour = 0
         sent = outbox.send(lengths)
         self._stats["tx_frames"] += sent
-        done = total if sent == len(lengths) else sum(lengths[:sent])
+        done = size if sent == len(lengths) else sum(lengths[:sent])
         self._stats["tx_bytes"] += done - NET_HDR_SIZE * sent
         return sent
 
@@ -231,24 +228,6 @@ class FrameMaker:
     def _drop(self, burst: Burst, chain: Chain, reason: str) -> None:
         self._stats["tx_dropped: " + reason] += 1
         burst.dropped.append(chain)
-
-
-def _nothing_undone(frames: memoryview, lengths: Sequence[int], total: int) -> bool:
-    """Whether no header of these frames, one behind another, has flags, a gso_type or an hdr_len.
-
-    The other fields have no meaning then. hdr_len has none either, but a tap may refuse it.
-    """
-    length = lengths[0]
-    if length % _LOOKED_AT == 0 and lengths.count(length) == len(lengths):
-        # A look at all the headers at once.
-        starts = frames[:total].cast("I")[:: length // _LOOKED_AT]
-        return starts == _NO_FIELDS[: len(lengths)]
-    return not any(
-        [
-            frames[start] | frames[start + 1] | frames[start + 2] | frames[start + 3]
-            for start in accumulate(lengths[:-1], initial=0)
-        ]
-    )
 
 
 def _misfit(burst: Burst, queue: str, chain: Chain) -> None:

@@ -44,6 +44,7 @@ from vq.abi import (
     ring_layout,
 )
 from vq.errors import AddressError, DriverError, UsageError
+from vq.lanes import ADDRESSES, alike
 from vq.memory import GuestMemory, address_of, fence, order_loads, order_stores
 
 __all__ = ["Chain", "InflightLog", "Run", "SplitRing"]
@@ -52,6 +53,8 @@ _DESCRIPTOR = struct.Struct("<QIHH")
 _ELEMENT = struct.Struct("<II")
 _BIG_ENDIAN = sys.byteorder == "big"
 _MAX_CHAIN_BYTES = 1 << 32
+_FEW = 10  # chains that are not worth columns
+_ADDRESS = (1 << 64) - 1  # the first of a column of addresses
 _MAX_WALK = 1 << 15
 """Descriptors and buffers of one burst, unless one chain alone has more: with indirect tables 64
 chains could have two million."""
@@ -183,11 +186,12 @@ class SplitRing:
         self._avail_words = self._avail.cast("H")
         self._used_words = self._used.cast("H")
         # Columns of the descriptor table and of the used ring, one item for each entry.
-        self._addresses = self._table.cast("Q")[::2]
-        self._lengths = self._table.cast("I")[2::4]
         self._flags = self._table.cast("H")[6::8]
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
+        # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
+        self._heads = array("I", range(size))
+        self._words_in_turn = array("H", range(size)).tobytes()
         self._used_gpa = used
         self._used_event = layout.used_event // 2
         self._avail_event = layout.avail_event // 2
@@ -198,7 +202,7 @@ class SplitRing:
 
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
-        self._unpublished: list[int] = []  # heads
+        self._unpublished = array("I")  # heads
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
         self._outstanding: list[Chain | Run | None] = [None] * size  # by head
@@ -241,12 +245,6 @@ class SplitRing:
         """
         undone = sum(1 for chain in self._undone if chain.head not in self._resubmitted)
         return (self._next_avail - undone) & 0xFFFF
-
-    def left_over(self) -> list[int]:
-        """Heads of chains that a later device has to be given beside those from `next_avail` on:
-        an earlier one had them, and this one has them no more, or not yet."""
-        put_back = [chain.head for chain in self._undone if chain.head in self._resubmitted]
-        return [*put_back, *self._resubmit]
 
     @property
     def left_over(self) -> list[int]:
@@ -371,19 +369,28 @@ class SplitRing:
         return heads + _words(count - first).unpack_from(self._avail, 4)
 
     def _read_one(self) -> list[Chain] | None:
-        """The next chain if it is of the usual kind (see `_read_usual`), and None if it is not.
+        """The next chain; None for a head that cannot be.
 
-        Where chains come one at a time, calls cost more than work: here there are none.
+        Where chains come one at a time, calls cost more than work: for the usual kind (see
+        `_read_usual`) there are none here.
         """
         head = self._avail_words[2 + (self._next_avail & (self.size - 1))]
         if _BIG_ENDIAN or head >= self.size or self._outstanding[head] is not None:
             return None
-        address, length, flags, _ = _DESCRIPTOR.unpack_from(self._table, head << 4)
+        descriptor = _DESCRIPTOR.unpack_from(self._table, head << 4)
+        address, length, flags, _ = descriptor
         base, limit, view = self._window
         offset = address - base
         end = offset + length
+        chain: Chain
         if flags & ~DESC_F_WRITE or offset < 0 or end > limit or not length:
-            return None
+            self._walked = 0
+            try:
+                chain = self._outstanding[head] = self._walk(head, descriptor)
+            except DriverError:
+                self._consume(head, resubmitted=False)
+                raise
+            return [chain]
         chain = _Taken()
         chain.head = head
         if flags:
@@ -418,6 +425,10 @@ class SplitRing:
                 addr, length, flags, _ = descriptor
                 offset = addr - base
                 end = offset + length
+                if (offset < 0 or end > limit) and length:
+                    base, limit, view = self._move_window(addr)
+                    offset = addr - base
+                    end = offset + length
                 if offset < 0 or end > limit or not length:
                     chain = self._walk(head, descriptor)
                     base, limit, view = self._window
@@ -631,6 +642,14 @@ class SplitRing:
             raise self._bad(f"a chain of more than {_MAX_PIECES} pieces of memory", head, "2.7.5")
         self._window = self._window_at(addr)  # the next one is probably there, too
 
+    def _move_window(self, gpa: int) -> tuple[int, int, memoryview]:
+        """Has the window show the region around `gpa`, if there is one; returns the window."""
+        try:
+            window = self._window = self._window_at(gpa)
+        except AddressError:
+            return self._window
+        return window
+
     def _window_at(self, gpa: int) -> tuple[int, int, memoryview]:
         """The region around `gpa`: its first address, its size, all of its bytes."""
         region = self.memory.region_at(gpa)
@@ -680,7 +699,7 @@ class SplitRing:
         finished = self._unpublished
         if not finished:
             return 0
-        self._unpublished = []
+        self._unpublished = array("I")
         self._unsignalled += len(finished)
         index = self._next_used
         log = self._inflight_log
@@ -784,20 +803,24 @@ class SplitRing:
         slot = self._next_used & (size - 1)
         count = len(heads)
         end = slot + count
+        self._next_used = (self._next_used + count) & 0xFFFF
+        if self._resubmitted:
+            self._resubmitted.difference_update(heads)
         if count == 1:
             _ELEMENT.pack_into(self._used, 4 + 8 * slot, heads[0], written[0])
-        elif end <= size:
-            self._used_ids[slot:end] = _doublewords(heads)
-            self._used_lengths[slot:end] = _doublewords(written)
+            self._unpublished.append(heads[0])
+            return
+        column = _doublewords(heads)
+        self._unpublished += column
+        ids, lengths = _little_endian(column), _little_endian(_doublewords(written))
+        if end <= size:
+            self._used_ids[slot:end] = ids
+            self._used_lengths[slot:end] = lengths
         else:
-            ids, lengths, first = _doublewords(heads), _doublewords(written), size - slot
+            first = size - slot
             self._used_ids[slot:], self._used_ids[: end - size] = ids[:first], ids[first:]
             self._used_lengths[slot:] = lengths[:first]
             self._used_lengths[: end - size] = lengths[first:]
-        self._next_used = (self._next_used + count) & 0xFFFF
-        self._unpublished += heads
-        if self._resubmitted:
-            self._resubmitted.difference_update(heads)
 
     # --- notifications ---------------------------------------------------------------------------
 
@@ -871,9 +894,9 @@ class Run:
     """
 
     def __init__(self, ring: SplitRing, *, writable: bool) -> None:
-        self.heads: list[int] = []
-        self.addresses: list[int] = []
-        self.lengths: list[int] = []
+        self.heads = array("I")
+        self.addresses = array("Q")
+        self.lengths = array("I")
         self.shortest = 0
         self._ring = ring
         self._flag = DESC_F_WRITE if writable else 0
@@ -900,10 +923,13 @@ class Run:
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        heads = ring._avail_words[2 + slot : 2 + slot + count].tolist()
-        if not self._take(heads):
+        words = ring._avail_words[2 + slot : 2 + slot + count]
+        heads: Sequence[int] = self._take_few(words.tolist()) if count <= _FEW else ()
+        if not heads:
+            heads = self._take(words.tobytes())
+        if not heads:
             return 0
-        self.heads += heads
+        self.heads.extend(heads)
         ring._next_avail = (ring._next_avail + count) & 0xFFFF
         if ring._inflight_log is not None:
             ring._inflight_log.popped(heads)
@@ -915,17 +941,13 @@ class Run:
         The driver sees them after `SplitRing.publish`.
         """
         ring, count = self._ring, len(written)
-        if count == len(self.heads):
-            heads = self.heads
-            self.heads = []
-        else:
-            heads = self.heads[:count]
-            del self.heads[:count]
         if not count:
             return
+        heads = self.heads[:count]
+        del self.heads[:count]
         outstanding = ring._outstanding
         first = heads[0]
-        if heads == list(range(first, first + count)):
+        if heads == ring._heads[first : first + count]:
             outstanding[first : first + count] = [None] * count
         else:
             for head in heads:
@@ -961,8 +983,9 @@ class Run:
         end = self.base + self._region[1]
         if min(addresses) < self.base or max(map(add, addresses, lengths)) > end:
             return False
-        self.heads = [chain.head for chain in chains]
-        self.addresses, self.lengths, self.shortest = addresses, lengths, min(lengths)
+        self.heads = array("I", [chain.head for chain in chains])
+        self.addresses, self.lengths = array("Q", addresses), array("I", lengths)
+        self.shortest = min(lengths)
         for head in self.heads:
             ring._outstanding[head] = self
         ring._order.clear()
@@ -970,6 +993,8 @@ class Run:
 
     def to_chains(self) -> list[Chain]:
         """Goes over to chains: they are outstanding in place of what the run held."""
+        if not self.heads:
+            return []
         ring, view = self._ring, self._region[2]
         chains: list[Chain] = []
         for head, address, length in zip(self.heads, self.addresses, self.lengths, strict=True):
@@ -980,66 +1005,90 @@ class Run:
             chains.append(chain)
         if ring._in_order:
             ring._order.extend(chains)
-        self.heads, self.addresses, self.lengths = [], [], []
+        for column in (self.heads, self.addresses, self.lengths):
+            del column[:]
         return chains
 
-    def _take(self, heads: list[int]) -> bool:
-        """Reads the descriptors at `heads` once; whether all of them pass.
-
-        Each check is one for all of them, so it does not say which is to blame.
-        """
-        ring, count, first = self._ring, len(heads), heads[0]
-        end = first + count
-        outstanding = ring._outstanding
-        held: list[Chain | Run | None]
-        in_turn = heads == list(range(first, end)) and end <= ring.size
-        if in_turn:  # as drivers mostly hand out a queue's descriptors
-            addresses = ring._addresses[first:end].tolist()
-            lengths = ring._lengths[first:end].tolist()
-            flags = ring._flags[first:end].tolist()
-            held = outstanding[first:end]
-        elif max(heads) < ring.size and len(set(heads)) == count:
-            copy = memoryview(b"".join(map(ring._each_descriptor.__getitem__, heads)))
-            addresses = copy.cast("Q")[::2].tolist()
-            lengths = copy.cast("I")[2::4].tolist()
-            flags = copy.cast("H")[6::8].tolist()
-            held = [outstanding[head] for head in heads]
+    def _take_few(self, heads: list[int]) -> Sequence[int]:
+        """`_take` for a handful, which does not pay for columns; the heads if all of them pass."""
+        ring = self._ring
+        outstanding, table, size = ring._outstanding, ring._table, ring.size
+        start, room, _ = self._region
+        end, shift = start + room, self.base - start
+        before = len(self.addresses)
+        for head in heads:
+            if head >= size or outstanding[head] is not None:
+                break
+            address, length, flags, _ = _DESCRIPTOR.unpack_from(table, head << 4)
+            if flags != self._flag or address < start or not 0 < length <= end - address:
+                break
+            self.addresses.append(address + shift)
+            self.lengths.append(length)
+            outstanding[head] = self
         else:
-            return False
-        shortest, longest = lengths[0], lengths[0]
-        if lengths.count(shortest) != count:
+            shortest = min(self.lengths[before:])
+            self.shortest = min(shortest, self.shortest) if before else shortest
+            return heads
+        for head in heads[: len(self.addresses) - before]:
+            outstanding[head] = None
+        del self.addresses[before:], self.lengths[before:]
+        return ()
+
+    def _take(self, words: bytes) -> Sequence[int]:
+        """Reads the descriptors whose heads these entries of the available ring are, each once.
+
+        Returns the heads if all of them pass, else none. Each check is one for all of them, so it
+        does not say which is to blame.
+        """
+        ring, count = self._ring, len(words) // 2
+        outstanding = ring._outstanding
+        first = int.from_bytes(words[:2], "little")
+        end = first + count
+        held: list[Chain | Run | None]
+        in_turn = words == ring._words_in_turn[2 * first : 2 * end]
+        if in_turn:  # as drivers mostly hand out a queue's descriptors
+            heads = ring._heads[first:end]
+            copy = ring._table[first << 4 : end << 4].tobytes()
+            held = outstanding[first:end]
+        else:
+            heads = array("I", memoryview(words).cast("H").tolist())
+            if max(heads) >= ring.size or len(set(heads)) != count:
+                return ()
+            copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
+            held = [outstanding[head] for head in heads]
+        addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
+        flags = array("H", copy)[6::8]
+        shortest = longest = lengths[0]
+        if not alike(lengths):
             shortest, longest = min(lengths), max(lengths)
-        if (
-            flags.count(self._flag) != count
-            or held.count(None) != count
-            or not shortest
-            or not self._region_holds(min(addresses), max(addresses) + longest)
-        ):
-            return False
+        if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
+            return ()
+        column = ADDRESSES.column(addresses)
+        if not self._region_holds(column, count, longest):
+            return ()
         self.shortest = min(shortest, self.shortest) if self.heads else shortest
-        shift = self.base - self._region[0]
-        self.addresses += [address + shift for address in addresses]
+        self.addresses.frombytes(ADDRESSES.moved(column, count, self.base - self._region[0]))
         self.lengths += lengths
         if in_turn:
             outstanding[first:end] = [self] * count
         else:
             for head in heads:
                 outstanding[head] = self
-        return True
+        return heads
 
-    def _region_holds(self, start: int, end: int) -> bool:
-        """Whether the one region has all guest-physical addresses from `start` to `end`."""
+    def _region_holds(self, addresses: int, count: int, length: int) -> bool:
+        """Whether the one region has so many bytes at each of these guest-physical addresses."""
         base, size, _ = self._region
-        if base <= start and end <= base + size:
+        if ADDRESSES.between(addresses, count, base, base + size - length):
             return True
         if self.heads:
             return False
         try:  # it may be another region from now on
-            base, size, _ = self._region = self._ring._window_at(start)
+            base, size, _ = self._region = self._ring._window_at(addresses & _ADDRESS)
         except AddressError:
             return False
         self.base = self._ring.memory.hvaddr(base)
-        return end <= base + size
+        return ADDRESSES.between(addresses, count, base, base + size - length)
 
     def _mark_dirty(self, written: Sequence[int]) -> None:
         shift = self._region[0] - self.base
@@ -1061,9 +1110,14 @@ def _words(count: int) -> struct.Struct:
 
 
 def _doublewords(values: Sequence[int]) -> array[int]:
-    """32-bit words in the byte order of the ring."""
-    words = array("I", values)
+    """The values as 32-bit words; for reading only, since they may be the very same array."""
+    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
+
+
+def _little_endian(words: array[int]) -> array[int]:
+    """Words in the byte order of the ring, for reading only."""
     if _BIG_ENDIAN:
+        words = words[:]
         words.byteswap()
     return words
 

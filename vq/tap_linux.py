@@ -33,8 +33,10 @@ from vq.gather import Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
+from vq.lanes import alike, all_between
 from vq.link import (
     MAX_FRAME,
+    MOST_AT_ONCE,
     SHORT_OF_MEMORY,
     Frame,
     FrameBuffer,
@@ -95,6 +97,7 @@ IOV_MAX = 1024
 _NOT_NOW = (errno.EAGAIN, *SHORT_OF_MEMORY)
 _LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
 """Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
+_WORD = 4
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -107,39 +110,60 @@ class _Batches:
     Raises `OSError` where the kernel does not have it.
     """
 
-    COUNT = 64
+    COUNT = MOST_AT_ONCE
     BYTES = 2048 * COUNT
 
     def __init__(self, fd: int) -> None:
         self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ), self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
+            self._words = Slab(_WORD * self.COUNT, self.COUNT)
         except BaseException:
             self.ring.close()
             raise
-        self._headers = [NET_HDR_SIZE] * self.COUNT
-        self._prepared: list[int] = []  # lengths that the entries for writing are prepared for
+        self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
+        self._word = array("I", [_WORD] * self.COUNT)
+        self._prepared = array("I")  # lengths that the entries for writing are prepared for
+        self._starts = array("Q")  # where their frames start
+        self._room = array("I")  # and those for reading
 
-    def read(self, places: Places) -> list[int]:
+    def read(self, places: Places) -> array[int]:
         """Reads a frame into each place; returns their lengths, or negative error numbers."""
         addresses, lengths = places
         count = len(addresses)
         first = self.COUNT
-        self.ring.addresses[first : first + count] = array("Q", addresses)
-        self.ring.lengths[first : first + count] = array("I", lengths)
+        self.ring.addresses[first : first + count] = addresses
+        if lengths != self._room[:count]:
+            self.ring.lengths[first : first + count] = lengths
+            self._room = lengths
         return self.ring.submit(first, count)
 
-    def write(self, lengths: Sequence[int]) -> list[int]:
+    def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
+        """Copies frames into the slab, one behind another; the first word of each ("I")."""
+        self.slab.gather(addresses, lengths, total)
+        count, length = len(lengths), lengths[0]
+        if length % _WORD == 0 and alike(lengths):
+            return self.slab.view[:total].cast("I")[:: length // _WORD]
+        self._prepare(lengths)
+        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
+        return self._words.view[: _WORD * count].cast("I")
+
+    def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
+        self._prepare(lengths)
+        return self.ring.submit(0, len(lengths))
+
+    def _prepare(self, lengths: array[int]) -> None:
+        """Has the entries for writing name frames of these lengths."""
         count = len(lengths)
         if lengths != self._prepared[:count]:
             starts = accumulate(lengths, initial=self.slab.address)
-            self.ring.addresses[:count] = array("Q", starts)[:count]
-            self.ring.lengths[:count] = array("I", lengths)
-            self._prepared = list(lengths)
-        return self.ring.submit(0, count)
+            self._starts = array("Q", list(starts)[:count])
+            self.ring.addresses[:count] = self._starts
+            self.ring.lengths[:count] = lengths
+            self._prepared = lengths[:]
 
-    def gather_headers(self, addresses: Sequence[int]) -> memoryview:
+    def gather_headers(self, addresses: array[int]) -> memoryview:
         """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
         count = len(addresses)
         self.slab.gather(addresses, self._headers[:count], NET_HDR_SIZE * count)
@@ -148,6 +172,7 @@ class _Batches:
     def close(self) -> None:
         self.ring.close()
         self.slab.close()
+        self._words.close()
 
 
 class _TapOutbox:
@@ -159,12 +184,11 @@ class _TapOutbox:
         self._port = port
         self._batches = batches
 
-    def take(self, addresses: Sequence[int], lengths: Sequence[int], total: int) -> memoryview:
+    def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """See `vq.link.Outbox.take`."""
-        self._batches.slab.gather(addresses, lengths, total)
-        return self._batches.slab.view
+        return self._batches.gather_frames(addresses, lengths, total)
 
-    def send(self, lengths: Sequence[int]) -> int:
+    def send(self, lengths: array[int]) -> int:
         """See `vq.link.Outbox.send`."""
         port = self._port
         if not port.active:
@@ -176,7 +200,7 @@ class _TapOutbox:
             port.close()
             return 0
         dealt_with = len(results)
-        if min(results) < 0:
+        if not all_between(results, 0, MAX_FRAME):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
                 dealt_with -= 1  # the port is full: they are sent later, in their order
             for result in results[:dealt_with]:
@@ -289,6 +313,7 @@ class LinuxTapPort(Port):
         by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
         if by_address is not None and limit >= _FEW:
             moved_apart = self._read_apart(by_address, limit)
+            self.burst = Port.burst if moved_apart is None else _Batches.COUNT
             if moved_apart is not None:
                 return moved_apart
         moved = 0
@@ -364,12 +389,12 @@ class LinuxTapPort(Port):
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
 
-    def _received(self, results: list[int], places: Places) -> list[int]:
+    def _received(self, results: array[int], places: Places) -> array[int]:
         """The lengths of the frames that came, which stand in the first places then."""
-        if min(results) > 0 and max(results) <= self.longest + NET_HDR_SIZE:
-            return results
+        if all_between(results, 1, self.longest + NET_HDR_SIZE):
+            return array("I", results.tobytes())
         addresses, sizes = places
-        lengths: list[int] = []
+        lengths = array("I")
         for index, result in enumerate(results):
             if result >= sizes[index]:  # cut
                 self._too_long()

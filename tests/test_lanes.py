@@ -1,0 +1,74 @@
+"""Arithmetic on whole columns: the same as number by number."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vq.lanes import ADDRESSES, alike, all_between, total
+
+MOST = (1 << 64) - 1
+EDGES = (0, 1, 0x7FFF, (1 << 63) - 1, 1 << 63, MOST - 1, MOST)
+
+
+@st.composite
+def near_a_range(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """Numbers, most of them in or at the edges of the range that comes with them."""
+    anywhere = st.sampled_from(EDGES) | st.integers(0, MOST)
+    low, high = draw(anywhere), draw(anywhere)
+    edges = st.sampled_from([low, low - 1, high, high + 1]).filter(lambda n: 0 <= n <= MOST)
+    inside = st.integers(low, high) if low <= high else edges
+    return draw(st.lists(inside | edges | inside | anywhere, min_size=1, max_size=70)), low, high
+
+
+@given(near_a_range())
+def test_a_column_is_in_a_range_when_each_of_its_numbers_is(
+    case: tuple[list[int], int, int],
+) -> None:
+    """Numbers and ranges in the upper half of a lane count as outside."""
+    numbers, low, high = case
+    column = ADDRESSES.column(array("Q", numbers))
+    expected = all(low <= number <= min(high, MOST >> 1) for number in numbers)
+    assert ADDRESSES.between(column, len(numbers), low, high) is expected
+
+
+@pytest.mark.parametrize("place", [0, 1, 62, 63])
+@pytest.mark.parametrize("stray", [0x0FFF, 0x2001, 1 << 63, MOST])
+def test_one_number_outside_is_found_wherever_it_stands(place: int, stray: int) -> None:
+    """It must not be hidden by what its neighbours carry over."""
+    numbers = [0x1000, 0x2000] * 32
+    assert ADDRESSES.between(ADDRESSES.column(array("Q", numbers)), 64, 0x1000, 0x2000)
+    numbers[place] = stray
+    assert not ADDRESSES.between(ADDRESSES.column(array("Q", numbers)), 64, 0x1000, 0x2000)
+
+
+@given(
+    st.lists(st.integers(0, MOST), min_size=1, max_size=70),
+    st.integers(-MOST, MOST),
+)
+def test_a_column_is_moved_number_by_number(numbers: list[int], distance: int) -> None:
+    distance = max(-min(numbers), min(distance, MOST - max(numbers)))
+    moved = ADDRESSES.moved(ADDRESSES.column(array("Q", numbers)), len(numbers), distance)
+    assert array("Q", moved).tolist() == [number + distance for number in numbers]
+
+
+@given(
+    st.lists(st.integers(-(1 << 31), (1 << 31) - 1) | st.integers(0, 9), min_size=1, max_size=70),
+    st.integers(0, 1 << 31),
+    st.integers(0, 1 << 31),
+)
+def test_signed_results_are_in_a_range_when_each_of_them_is(
+    results: list[int], low: int, high: int
+) -> None:
+    expected = all(low <= result <= high for result in results)
+    assert all_between(array("i", results), low, high) is expected
+
+
+@given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=70) | st.just([7, 7, 7]))
+def test_alike_and_total_are_what_they_say(numbers: list[int]) -> None:
+    for column in (numbers, numbers[:1] * len(numbers)):
+        assert alike(array("I", column)) is (len(set(column)) == 1)
+        assert total(array("I", column)) == sum(column)
