@@ -119,8 +119,8 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
     assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
     assert os.listdir(f"/proc/{worker}/root") == []
     its = descriptors(worker)
-    # The guest's memory, its inflight notes, and what short frames are gathered in.
-    assert [link for link in its if link.startswith("/")] == ["/dev/net/tun", *["/memfd"] * 3]
+    # The guest's memory, its inflight notes, what short frames are gathered in, starts of headers.
+    assert [link for link in its if link.startswith("/")] == ["/dev/net/tun", *["/memfd"] * 4]
     # The helper's two, the listening one, the frontend's two.
     assert its.count("socket") == 5
     assert set(its) == {"/dev/net/tun", "/memfd", "anon_inode", "pipe", "socket"}

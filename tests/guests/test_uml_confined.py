@@ -118,9 +118,9 @@ def test_a_guest_whose_tap_is_deleted_and_made_again_talks_on(
             wait_until(lambda: has_carrier(guest), "a carrier in the guest", 10)
             wait_until(lambda: offload(host, "tx-tcp-segmentation"), "TSO towards the guest")
             ping(guest)
-            with iperf_server(host):
-                guest.output(f"iperf3 -c {HOST4} -t 1 -R")
-                guest.output(f"iperf3 -c {HOST4} -t 1")
+        with iperf_server(host):
+            guest.output(f"iperf3 -c {HOST4} -t 1 -R")
+            guest.output(f"iperf3 -c {HOST4} -t 1")
         assert_well(guest, host)
 
 
