@@ -1,18 +1,15 @@
 # POSIX make: GNU make and the BSDs' make both run it.
 .POSIX:
-.PHONY: help demo test test-scripted test-guests lint docs bench clean
+.PHONY: help demo test lint docs bench clean
 
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
-# Several tests at the same time; PARALLEL= for one after the other. From Python 3.12 on a process
-# with threads, as pytest-xdist's are, is warned when it forks, which tests of the sandbox do.
-PARALLEL = $$($(BIN)/python -c 'import sys; sys.version_info < (3, 12) and print("-n logical --maxprocesses 4")')
 PLATFORMS = linux openbsd7 freebsd14
 
 help:
 	@echo "make demo    run a guest's traffic through vq and show what happened"
-	@echo "make test    run the tests: test-scripted, then test-guests"
+	@echo "make test    run the tests"
 	@echo "make lint    linter, formatter and type checker, for every platform"
 	@echo "make docs    build the documentation, into build/docs"
 	@echo "make bench   measure the rings"
@@ -28,14 +25,8 @@ demo: $(VENV)/run.done
 	@echo
 	$(BIN)/vq loopback --features -GUEST_CSUM,-MRG_RXBUF
 
-test: test-scripted test-guests
-
-test-scripted: $(VENV)/test.done
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/guests $(TESTS)
-
-# One after the other: a guest and its device take two processors.
-test-guests: $(VENV)/test.done
-	$(BIN)/python -m pytest tests/guests
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
