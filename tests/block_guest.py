@@ -17,7 +17,7 @@ OK, IOERR, UNSUPP = 0, 1, 2
 UNMAP = 1
 SECTOR = 512
 UNTOUCHED = 0xEE
-SECONDS = 10.0
+SECONDS = 30.0
 
 
 def a_range(sector: int, count: int, flags: int = 0) -> bytes:

@@ -15,11 +15,15 @@ twice. Which variants of the programs are broken is for the tests to know.
 
 from __future__ import annotations
 
+import contextlib
+import linecache
+import os
 import re
 import struct
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from types import CodeType
 from typing import Any, TypeAlias
 
 import vq.driver
@@ -292,7 +296,8 @@ _SHARED = re.compile(
     r"_words\[|load16\(|store16\(|fence\(|order_(loads|stores)\(|unpack|pack_into|_store_used_word"
 )
 _FILES = {vq.split_ring.__file__, vq.driver.__file__}
-_LINES: dict[str, list[str]] = {}
+_LINES: dict[CodeType, frozenset[int]] = {}
+"""For each function, the lines of it that touch shared memory."""
 
 
 class Abandon(BaseException):
@@ -398,17 +403,24 @@ class RealSide:
             raise Abandon
 
     def _trace(self, frame: Any, event: str, _: object) -> Any:
-        return self._lines if frame.f_code.co_filename in _FILES else None
+        shared = _shared_lines(frame.f_code)
 
-    def _lines(self, frame: Any, event: str, _: object) -> Any:
-        if event == "line" and not self._abandoned:
-            file = frame.f_code.co_filename
-            if file not in _LINES:
-                with open(file) as source:
-                    _LINES[file] = source.read().splitlines()
-            if _SHARED.search(_LINES[file][frame.f_lineno - 1]):
+        def lines(frame: Any, event: str, _: object) -> Any:
+            if event == "line" and not self._abandoned and frame.f_lineno in shared:
                 self._pause(frame)
-        return self._lines
+            return lines
+
+        return lines if shared else None
+
+
+def _shared_lines(code: CodeType) -> frozenset[int]:
+    if code not in _LINES:
+        found: set[int] = set()
+        if code.co_filename in _FILES:
+            numbers = {number for _, _, number in code.co_lines() if number}
+            found = {n for n in numbers if _SHARED.search(linecache.getline(code.co_filename, n))}
+        _LINES[code] = frozenset(found)
+    return _LINES[code]
 
 
 def _name(item: tuple[str, object]) -> str:
@@ -465,6 +477,21 @@ def real_device(ring: SplitRing, burst: int = 2) -> Callable[[RealSide], None]:
 # --- every interleaving ---------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def one_processor() -> Iterator[None]:
+    """Threads that take turns wake no other processor, which would cost more than they do."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[os.getpid() % len(before)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@one_processor()
 def explore(
     begin: Callable[[], tuple[ModelSide | RealSide, ModelSide | RealSide, Words]],
     *,
@@ -481,11 +508,11 @@ def explore(
     while schedules:
         schedule = schedules.pop()
         sides, words = _begun(begin)
-        taken: list[str] = []
+        taken: list[tuple[bool, object]] = []
         try:
             for number in schedule:
                 side, choice = _choices(sides)[number]
-                taken.append(f"{'driver' if side is sides[0] else 'device'} {_where(side)}")
+                taken.append((side is sides[0], _where(side)))
                 side.take(choice)
             while True:
                 key = bytes(words.view), sides[0].key(), sides[1].key()
@@ -501,11 +528,12 @@ def explore(
                     break
                 schedules += [(*schedule, number) for number in range(1, len(choices))]
                 side, choice = choices[0]
-                taken.append(f"{'driver' if side is sides[0] else 'device'} {_where(side)}")
+                taken.append((side is sides[0], _where(side)))
                 side.take(choice)
                 schedule = (*schedule, 0)
         except Broken as error:
-            raise Broken(f"{error}\nafter:\n" + "\n".join(taken)) from None
+            steps = [f"{'driver' if driver else 'device'} {where}" for driver, where in taken]
+            raise Broken("\n".join([f"{error}", "after:", *steps])) from None
         finally:
             for side in sides:
                 side.close()
@@ -527,10 +555,8 @@ def _choices(
     return [(side, choice) for side in sides for choice in side.choices]
 
 
-def _where(side: ModelSide | RealSide) -> str:
+def _where(side: ModelSide | RealSide) -> object:
     if isinstance(side, ModelSide):
-        return str(side.step)
+        return side.step
     frame = side._frame
-    if frame is None:
-        return "start"
-    return f"{frame.f_code.co_name}:{frame.f_lineno}"
+    return "start" if frame is None else (frame.f_code.co_name, frame.f_lineno)

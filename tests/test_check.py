@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -65,14 +64,13 @@ def test_this_host_can_run_vq():
     assert missing == []
 
 
-def test_it_is_quick_and_leaves_nothing_behind():
+def test_it_leaves_nothing_behind():
     def things():
         return sorted(name for _, name in socket.if_nameindex() if name.startswith("vqcheck"))
 
     descriptors = set(os.listdir("/dev/fd"))
-    before, started = things(), time.monotonic()
+    before = things()
     check.findings()
-    assert time.monotonic() - started < 5
     assert len(os.listdir("/dev/fd")) == len(descriptors)
     assert things() == before
 

@@ -7,7 +7,6 @@ guest's memory is as it was, and the next frontend is served.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import struct
@@ -24,16 +23,19 @@ from vhost_frontend import (
     GuestRing,
     Ram,
     Shouter,
-    open_things,
+    nothing_left_open,
 )
 
 from vq.loop import Loop
 from vq.vhost_user import Connection
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "memfd_create") or not hasattr(os, "eventfd"),
-    reason="the scripted frontend needs memfd and eventfd",
-)
+pytestmark = [
+    pytest.mark.usefixtures("quick_collector"),
+    pytest.mark.skipif(
+        not hasattr(os, "memfd_create") or not hasattr(os, "eventfd"),
+        reason="the scripted frontend needs memfd and eventfd",
+    ),
+]
 
 MQ, LOG_SHMFD, RARP, _, MTU, BACKEND_REQ = (1 << bit for bit in range(6))
 CONFIG, SEND_FD, INFLIGHT, RESET_DEVICE, IN_BAND, MEM_SLOTS, STATUS, DEVICE_STATE = (
@@ -301,35 +303,32 @@ def test_a_malformed_message_harms_nobody(
     what: str, fds: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = MESSAGES[what]
-    before = open_things()
-    host = Host()
-    for moment in MOMENTS:
+    with nothing_left_open():
+        host = Host()
+        for moment in MOMENTS:
+            frontend, connection = host.connect()
+            ring = host.bring(frontend, moment)
+            rest = bytes(host.ram.bytes[0x40000:])
+            with contextlib.suppress(BrokenPipeError):
+                frontend.send_raw(bad.data, [fds[kind] for kind in bad.fds])
+            frontend.turn()
+            if moment == "running":  # what it did before goes on, or the connection is gone
+                with contextlib.suppress(OSError):
+                    ring.offer(b"after")
+                    frontend.kick()
+                assert connection.closed or ring.take() in ([], [b"AFTER"])
+            assert bytes(host.ram.bytes[0x40000:]) == rest, "memory outside the lent buffers"
+            frontend.close()
+            host.loop.run_once(0)
+            assert connection.closed
+            host.ram.bytes[:0x40000] = bytes(0x40000)
         frontend, connection = host.connect()
-        ring = host.bring(frontend, moment)
-        rest = bytes(host.ram.bytes[0x40000:])
-        with contextlib.suppress(BrokenPipeError):
-            frontend.send_raw(bad.data, [fds[kind] for kind in bad.fds])
-        frontend.turn()
-        if moment == "running":  # what it did before goes on, or the connection is gone
-            with contextlib.suppress(OSError):
-                ring.offer(b"after")
-                frontend.kick()
-            assert connection.closed or ring.take() in ([], [b"AFTER"])
-        assert bytes(host.ram.bytes[0x40000:]) == rest, "memory outside the lent buffers"
+        ring = host.bring(frontend, "running")
         frontend.close()
-        host.loop.run_once(0)
-        assert connection.closed
-        host.ram.bytes[:0x40000] = bytes(0x40000)
-    frontend, connection = host.connect()
-    ring = host.bring(frontend, "running")
-    frontend.close()
-    connection.close()
-    host.close()
+        connection.close()
+        host.close()
     assert "ERROR" not in {record.levelname for record in caplog.records}, caplog.text
     assert "Traceback" not in caplog.text
-    if open_things() != before:
-        gc.collect()  # slow, and seldom needed: a traceback held something
-    assert all(now <= then for now, then in zip(open_things(), before, strict=True)), "leaked"
 
 
 def test_there_are_over_a_hundred_of_them() -> None:

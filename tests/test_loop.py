@@ -104,8 +104,8 @@ def test_timers_come_in_order_and_can_be_cancelled(loop: Loop) -> None:
     loop.call_later(0.0, lambda: seen.append("never")).cancel()
     started = time.monotonic()
     while len(seen) < 2:
-        loop.run_once(5)
-        assert time.monotonic() - started < 4
+        loop.run_once(50)
+        assert time.monotonic() - started < 40
     assert seen == ["early", "late"]
 
 
@@ -128,10 +128,11 @@ def test_stop_before_run_is_not_forgotten(loop: Loop) -> None:
 def test_stop_ends_run_from_another_thread(loop: Loop) -> None:
     timer = threading.Timer(0.02, loop.stop)
     timer.start()
-    loop.call_later(10, loop.stop)
+    late = loop.call_later(60, loop.stop)
     started = time.monotonic()
     loop.run()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 50
+    late.cancel()
     timer.join()
 
 

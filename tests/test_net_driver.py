@@ -574,7 +574,7 @@ def test_a_command_without_an_answer_is_found_and_the_next_is_not_confused(
             device.obey(turns.pop())
         time.sleep(0.001)
 
-    driver = NetDriver(device, memory, timeout=0.05, idle=idle)
+    driver = NetDriver(device, memory, timeout=0.3, idle=idle)
     device.silent = True
     with pytest.raises(DeviceError, match="no answer"):
         driver.add_vlan(1)

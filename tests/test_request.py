@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vq import request as request_module
@@ -44,16 +44,18 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
-@given(st.binary(max_size=64), st.lists(st.integers(0, 64)), st.data())
+@given(
+    st.binary(max_size=64),
+    st.lists(st.integers(0, 64)),
+    st.lists(st.tuples(st.sampled_from(["read", "views", "skip"]), st.integers(0, 40))),
+)
 def test_a_reader_gives_the_bytes_in_order_however_they_are_cut(
-    data: bytes, cuts: list[int], draw: st.DataObject
+    data: bytes, cuts: list[int], steps: list[tuple[str, int]]
 ) -> None:
     reader = made(pieces_of(data, cuts)).request.reader
     taken = b""
-    while reader.remaining:
-        length = draw.draw(st.integers(0, reader.remaining))
-        how = draw.draw(st.sampled_from(["read", "views", "skip"]))
+    for how, most in [*steps, ("read", len(data))]:
+        length = min(most, reader.remaining)
         if how == "read":
             taken += reader.read(length)
         elif how == "views":
@@ -66,23 +68,25 @@ def test_a_reader_gives_the_bytes_in_order_however_they_are_cut(
     assert reader.read() == b"" and reader.views() == []
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.integers(1, 20), max_size=6), st.data())
+@given(
+    st.lists(st.integers(1, 20), max_size=6),
+    st.lists(st.tuples(st.booleans(), st.binary(max_size=30))),
+)
 def test_a_writer_fills_the_buffers_in_order_and_nothing_else(
-    sizes: list[int], draw: st.DataObject
+    sizes: list[int], pieces: list[tuple[bool, bytes]]
 ) -> None:
     case = made([], sizes)
     writer = case.request.writer
     written = b""
-    while writer.remaining and len(written) < 60:
-        piece = draw.draw(st.binary(max_size=writer.remaining))
-        if draw.draw(st.booleans()):
-            writer.write(piece)
-        else:
+    for in_views, whole in pieces:
+        piece = whole[: writer.remaining]
+        if in_views:
             start = 0
             for view in writer.views(len(piece)):
                 view[:] = piece[start : start + len(view)]
                 start += len(view)
+        else:
+            writer.write(piece)
         written += piece
         assert writer.written == len(written)
     total = sum(sizes)

@@ -34,7 +34,7 @@ from vq.testing.vhost_frontend import VhostFrontend
 
 BROADCAST = b"\xff" * 6
 GUEST_MAC = bytes.fromhex("fee1bad1bad1")
-SECONDS = 8.0
+SECONDS = 30.0
 
 
 def frame_of(number: int, source: bytes = GUEST_MAC) -> bytes:
@@ -93,7 +93,7 @@ class Served:
         os.unlink(notify)
 
     def _wait_ready(self, supervisor: socket.socket) -> None:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + SECONDS
         while True:
             with suppress(TimeoutError):
                 assert supervisor.recv(64) == b"READY=1"
@@ -443,12 +443,14 @@ def test_statistics_come_a_line_a_second(serve: Serve, plug: Plug) -> None:
     started = time.monotonic()
     served = serve("--link=null", "--stats", "json")
     plug(served.paths[0]).send(*(frame_of(number) for number in range(50)))
-    eventually(lambda: served.out.read_text().count("\n") >= 2, "two lines")
-    assert time.monotonic() - started >= 2
+    eventually(lambda: '"tx_frames": 50' in served.out.read_text(), "the frames")
+    lines = served.out.read_text().count("\n")
+    eventually(lambda: served.out.read_text().count("\n") >= lines + 2, "two lines more")
+    assert time.monotonic() - started >= lines + 1
     served.stop()
-    first, second, *_ = (json.loads(line) for line in served.out.read_text().splitlines())
-    assert (first["second"]["tx_frames"], first["total"]["tx_frames"]) == (50, 50)
-    assert (second["second"]["tx_frames"], second["total"]["tx_bytes"]) == (0, 50 * 64)
+    lines = [json.loads(line) for line in served.out.read_text().splitlines()]
+    assert sum(line["second"]["tx_frames"] for line in lines) == 50
+    assert lines[-1]["total"]["tx_bytes"] == 50 * 64
 
 
 def test_statistics_for_people_and_who_reads_them_may_stop(tmp_path: Path) -> None:
@@ -585,6 +587,8 @@ def test_a_dead_servers_socket_is_replaced_and_a_living_ones_is_not(
 ) -> None:
     first = serve()
     first.kill()
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(first.paths[0])  # in case the last of its processes could still remove its own
     assert os.path.lexists(first.paths[0])
     second = serve("--once")
     done = subprocess.run(
@@ -648,16 +652,17 @@ def test_nothing_is_left_of_a_hundred_connections(serve: Serve) -> None:
 def test_a_signal_in_the_middle_of_traffic(serve: Serve, plug: Plug) -> None:
     served = serve()
     guest = plug(served.paths[0])
-    numbers = itertools.count()
-    ends = time.monotonic() + 0.3
+    received, ended = 0, False
+    deadline = time.monotonic() + SECONDS
     while served.process.poll() is None:
-        guest.driver.send_burst([(PLAIN_HEADER, frame_of(next(numbers))) for _ in range(32)])
+        guest.driver.send_burst([(PLAIN_HEADER, frame_of(number)) for number in range(32)])
         guest.frontend.poll()
-        guest.driver.receive()
-        if time.monotonic() > ends:
+        received += len(guest.driver.receive())
+        if received > 1000 and not ended:
             served.process.terminate()
-            ends += SECONDS
-    assert next(numbers) > 100
+            ended = True
+        assert time.monotonic() < deadline, received
+    assert ended
     assert served.ended() == 0
     assert not os.path.lexists(served.paths[0])
     assert "Traceback" not in served.log()

@@ -24,7 +24,7 @@ from vq.serve.blk import BlkKind
 from vq.testing.requirements import need_program
 from vq.testing.vhost_frontend import VhostFrontend
 
-SECONDS = 10.0
+SECONDS = 30.0
 SIZE = 1 << 20
 
 OWN_DEVICE = """

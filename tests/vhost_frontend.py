@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 
@@ -301,9 +301,22 @@ def wait_until(loop: Loop, condition: Callable[[], bool], seconds: float = 5) ->
         loop.run_once(0.01)
 
 
+@contextlib.contextmanager
+def nothing_left_open() -> Iterator[None]:
+    """After this the process has no more descriptors and shared mappings than before."""
+    before = open_things()
+    yield
+    if any(now > then for now, then in zip(_count_open(), before, strict=True)):
+        assert all(now <= then for now, then in zip(open_things(), before, strict=True)), "leaked"
+
+
 def open_things() -> tuple[int, int]:
     """How many descriptors and shared mappings this process has."""
-    gc.collect()  # what earlier tests left in cycles is not ours to count
+    gc.collect()  # neither what earlier tests left in cycles counts, nor what a traceback holds
+    return _count_open()
+
+
+def _count_open() -> tuple[int, int]:
     process = psutil.Process()
     with open("/proc/self/maps") as maps:
         mappings = sum("memfd:" in line for line in maps)

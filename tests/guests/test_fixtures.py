@@ -114,6 +114,25 @@ def test_the_guest_has_the_programs_that_tests_use(guest: Guest) -> None:
     assert bad_checksums(guest.output) == {}
 
 
+def test_what_a_kernel_warns_of_in_a_slow_boot_is_no_complaint() -> None:
+    """It waited too long for its own tests of ciphers: seen on a machine with ten others on it."""
+    warning = (
+        "WARNING: CPU: 0 PID: 1 at {0}.c:170 {1}+0xa4/0xb7\nCall Trace:\n---[ end trace 00 ]---\n"
+    )
+    slow = warning.format("crypto/api", "crypto_wait_for_test")
+    other = warning.format("net/core/dev", "netif_rx")
+
+    class Said(UmlGuest):
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def kernel_log(self) -> str:
+            return self.text
+
+    assert Said(slow + "all is well\n").complaints() == []
+    assert len(Said(slow + other).complaints()) == 2
+
+
 def test_an_oops_in_the_kernel_log_is_a_complaint(guest: Guest) -> None:
     assert guest.complaints() == []
     guest.output("echo '<1>BUG: not a real one' >/dev/kmsg")

@@ -12,7 +12,7 @@ from vq.testing.requirements import or_skip
 from vq.testing.served import ServeProcess, assert_well
 
 README = Path(__file__).parents[2] / "README.md"
-BLOCKS = 200
+BLOCKS = 100
 
 
 @pytest.mark.parametrize("kind", ["rng", "entropy:Entropy"])

@@ -16,16 +16,18 @@ from vq.testing.testpmd import HugePages, Testpmd
 from .conftest import Served, assert_well, wait_until
 
 DRIVERS = pytest.mark.parametrize(
-    "port",
+    ("port", "queues"),
     [
-        "",
-        "mrg_rxbuf=0",
-        "in_order=0",
-        "mrg_rxbuf=0,in_order=0",
-        "mrg_rxbuf=0,vectorized=1",
-        "in_order=0,packed_vq=0,queue_size=1024",
+        ("", 1),
+        ("", 2),
+        ("mrg_rxbuf=0", 1),
+        ("in_order=0", 2),
+        ("mrg_rxbuf=0,in_order=0", 2),
+        ("mrg_rxbuf=0,vectorized=1", 1),
+        ("in_order=0,packed_vq=0,queue_size=1024", 1),
     ],
 )
+"""Each of DPDK's ways to send and receive, and each number of queues."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,6 @@ def start(pages: HugePages, tmp_path: Path) -> Iterator[Callable[..., tuple[Serv
 
 
 @DRIVERS
-@pytest.mark.parametrize("queues", [1, 2])
 def test_txonly(start: Callable[..., Any], port: str, queues: int) -> None:
     served, pmd = start("null", "txonly", port=port, queues=queues)
     expected_bytes = 0
@@ -81,7 +82,6 @@ def test_txonly(start: Callable[..., Any], port: str, queues: int) -> None:
 
 
 @DRIVERS
-@pytest.mark.parametrize("queues", [1, 2])
 def test_what_is_sent_comes_back(start: Callable[..., Any], port: str, queues: int) -> None:
     served, pmd = start("loopback", "io", port=port, queues=queues)
     pmd.command("start tx_first 1")

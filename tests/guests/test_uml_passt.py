@@ -83,7 +83,7 @@ def test_the_guest_transfers(uml: UmlGuest, direction: str) -> None:
     with iperf_server(port=port):
         # passt takes connections to the gateway to this machine's loopback interface.
         text = uml.output(f"iperf3 -c $(cat /tmp/router) -p {port} -t 1 --json {direction}")
-    assert json.loads(text)["end"]["sum_received"]["bits_per_second"] > 5e6
+    assert json.loads(text)["end"]["sum_received"]["bytes"] > 100_000
     assert bad_checksums(uml.output) == {}
 
 

@@ -153,6 +153,10 @@ def test_what_nobody_serves_is_refused(setting: Setting) -> None:
 
 
 def test_a_slow_reader_stops_the_sender_and_loses_nothing(setting: Setting) -> None:
+    slow = setting.in_guest("socat -u VSOCK-LISTEN:79 'SYSTEM:sleep 1; tee /tmp/data | md5sum'")
+    with setting.dial(79) as sock:
+        sock.sendall(DATA)
+    assert slow().split()[0] == SUM
     with setting.listen(5003) as listener:
         sent = setting.in_guest("socat -b 65536 -u OPEN:/tmp/data VSOCK-CONNECT:2:5003")
         sock, _ = listener.accept()
@@ -161,10 +165,6 @@ def test_a_slow_reader_stops_the_sender_and_loses_nothing(setting: Setting) -> N
             time.sleep(1)  # the guest's buffers, ours and the socket's are full, no more
             assert received(sock) == (len(DATA), SUM)
         sent()
-    slow = setting.in_guest("socat -u VSOCK-LISTEN:79 'SYSTEM:sleep 1; md5sum'")
-    with setting.dial(79) as sock:
-        sock.sendall(DATA)
-    assert slow().split()[0] == SUM
 
 
 def test_many_connections_at_a_time_keep_their_bytes_apart(setting: Setting) -> None:

@@ -366,7 +366,7 @@ class Stage:
 
     def _compare(self, before: list[bytes]) -> None:
         for region, then in zip(self.memory.regions, before, strict=True):
-            now = region.view
+            now = bytes(region.view)  # the bytes of a view are compared one by one
             if now == then:
                 continue
             for start, end in _gaps(self.lent, region.gpa, region.gpa + region.size):

@@ -33,7 +33,7 @@ from vq.vhost_user import Server
 __all__ = ["ServeProcess", "ServedDevices", "assert_well", "guest_with", "wait_until"]
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 10) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
     """Waits until `condition` holds; raises `AssertionError` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
