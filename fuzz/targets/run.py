@@ -73,7 +73,7 @@ class _ByAddress(_Life):
             self.popped.append(BAD)
             return
         run = self.run
-        assert run.heads[: len(before)] == before and len(run.heads) == len(before) + count
+        assert list(run.heads[: len(before)]) == before and len(run.heads) == len(before) + count
         assert len(run.addresses) == len(run.lengths) == len(run.heads)
         held = {chain.head for chain in self.held} | set(before)
         for index in range(len(before), len(run.heads)):
