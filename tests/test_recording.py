@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from net_world import ScriptedLink, ethernet
 
 from vq import cli
-from vq.abi import CtrlRx, DeviceId
+from vq.abi import CtrlRx, DeviceId, Feature
 from vq.device import Device, Queue
 from vq.devices.entropy import EntropyDevice
 from vq.driver import Driver
@@ -237,6 +237,40 @@ def test_work_that_is_left_for_another_turn_is_done_in_that_turn(tmp_path: Path)
         driver.close()
         device.memory = None
     assert_replays(path, NetDevice)
+
+
+def test_a_wish_that_changes_within_a_turn_is_found_when_it_was(tmp_path: Path) -> None:
+    """A guest that runs beside the device turned calls off between two looks at its wish: both
+    were given what the second had found.
+    """
+
+    class OneByOne(Shouter):
+        def process(self, queue: Queue, ring: SplitRing) -> bool:
+            for chain in ring.pop_burst(8):
+                ring.write_used(chain)
+                self.publish(queue)
+                if meanwhile:
+                    meanwhile.pop()()
+            return False
+
+    def use(wired: Wired) -> None:
+        wired.driver.wanted_features = 1 << Feature.VERSION_1
+        wired.driver.probe()
+        ring = wired.driver.queues[0]
+        for count in (1, 1, 3):  # the first call comes whatever the driver wishes
+            if count > 1:
+                meanwhile.append(ring.disable_calls)
+            for _ in range(count):
+                ring.add([(wired.driver.allocator.allocate(16), 16)])
+            ring.publish()
+            wired.transport.notify(0)
+            assert len(ring.collect()) == count
+
+    meanwhile: list[Callable[[], object]] = []
+    path = tmp_path / "session.vqrec"
+    record(path, OneByOne(), use)
+    meanwhile.clear()
+    assert_replays(path, OneByOne())
 
 
 # --- otherwise -----------------------------------------------------------------------------------

@@ -839,15 +839,17 @@ class SplitRing:
             return True
         # used.idx must be visible before the driver's wish is read, or both sides may go to sleep.
         fence()
+        wish = self._driver_wish()
         if self._event_idx:
-            event = self._avail_words[self._used_event]
             new = (self._next_used - len(self._unpublished)) & 0xFFFF
             # After 65,536 chains without asking, every value of used_event has been passed.
-            return count > 0xFFFF or needs_event(
-                _swap16(event) if _BIG_ENDIAN else event, new, (new - count) & 0xFFFF
-            )
-        flags = self._avail_words[0]
-        return not (_swap16(flags) if _BIG_ENDIAN else flags) & AVAIL_F_NO_INTERRUPT
+            return count > 0xFFFF or needs_event(wish, new, (new - count) & 0xFFFF)
+        return not wish & AVAIL_F_NO_INTERRUPT
+
+    def _driver_wish(self) -> int:
+        """What the driver says about calls: with EVENT_IDX used_event, else the ring's flags."""
+        wish = self._avail_words[self._used_event if self._event_idx else 0]
+        return _swap16(wish) if _BIG_ENDIAN else wish
 
     def disable_kicks(self) -> None:
         """Tells the driver that the device will look by itself (virtio 1.3, 2.7.10.2).

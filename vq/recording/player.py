@@ -82,11 +82,14 @@ class _ReplayRing(SplitRing):
 
     def should_notify(self) -> bool:
         """See `SplitRing`."""
-        self._replayed.wish_next()
         called = super().should_notify()
         if called:
             self._replayed.calls += 1
         return called
+
+    def _driver_wish(self) -> int:
+        self._replayed.wish_next()
+        return super()._driver_wish()
 
 
 class _Queue:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, ring_layout
+from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vq.errors import AddressError, CaptureError, DriverError
 from vq.memory import GuestMemory, order_loads
 from vq.recording.format import Kind, RecordingWriter
@@ -175,14 +175,12 @@ class RecordingRing(SplitRing):
         self._descriptors_gpa = desc
         self._avail_gpa = avail
         self._used_gpa_of_ring = used + 4
-        self._used_event_gpa = avail + ring_layout(size).used_event
         self._recording = True
         self._seen = self.next_avail
         self._cause = writer.causes
         self._misses = 0
         self._told = self.next_used
         self._writable: dict[int, list[tuple[int, int]]] = {}  # by head, what may be written
-        self._wish: tuple[int, int] | None = None
         if heads:
             self._write_found(self._seen, self._seen, heads, in_ring=False)
 
@@ -219,15 +217,19 @@ class RecordingRing(SplitRing):
 
     def should_notify(self) -> bool:
         """See `SplitRing`."""
-        memory = self.memory
-        wish = memory.load16(self._avail_gpa), memory.load16(self._used_event_gpa)
-        if wish != self._wish and self._recording:
-            self._wish = wish
-            self._writer.write(Kind.WISH, (self._queue, *wish))
         called = super().should_notify()
         if called and self._recording:
             self._writer.write(Kind.CALL, [self._queue])
         return called
+
+    def _driver_wish(self) -> int:
+        """The wish that is written down is the one that the device goes by: a guest that runs
+        beside it may have changed it by the time of another look."""
+        wish = super()._driver_wish()
+        if self._recording:
+            flags, used_event = (0, wish) if self._event_idx else (wish, 0)
+            self._writer.write(Kind.WISH, (self._queue, flags, used_event))
+        return wish
 
     def _look(self, index: int) -> None:
         """Writes down what became available up to `index`, if that was not done yet."""
