@@ -303,6 +303,21 @@ def test_a_driver_that_is_unloaded_finds_its_memory_untouched(raw: RawWorld) -> 
     assert not raw.device.stats["tx_dropped: disabled"]
 
 
+def test_a_ring_that_was_enabled_for_a_moment_is_looked_at_no_more(raw: RawWorld) -> None:
+    """Defect: the look at a ring that was started and not enabled yet came after it had been
+    enabled and disabled again, and its memory given to somebody else.
+    """
+    raw.enable(False)
+    start, end = raw.ring.desc, raw.ring.desc + 0x4000
+    rubbish = bytes(range(256)) * 0x40
+    raw.ram.bytes[start:end] = rubbish
+    passed: list[bool] = []
+    raw.loop.call_later(2 * ENABLE_SECONDS, lambda: passed.append(True))
+    wait_until(raw.loop, lambda: bool(passed))
+    assert raw.ram.bytes[start:end] == rubbish
+    assert not raw.device.stats["driver_errors"]
+
+
 # --- devices whose requests must not get lost ----------------------------------------------------
 
 

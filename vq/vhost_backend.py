@@ -189,6 +189,8 @@ class Vring:
     started: bool = False
     """Whether the frontend has started it since the device was reset."""
     held: Held = Held.NOTHING
+    look: Timer | None = None
+    """For a ring that was started, and may be enabled a moment later."""
 
     @property
     def running(self) -> bool:
@@ -681,7 +683,8 @@ class Backend:
         if before is Held.ENABLED:
             self.device.notify(vring.index)
         else:
-            self._loop.call_later(ENABLE_SECONDS, partial(self._look_at_disabled, vring))
+            look = partial(self._look_at_disabled, vring)
+            vring.look = self._loop.call_later(ENABLE_SECONDS, look)
 
     def _wanted(self, vring: Vring) -> Held:
         """What the device should have of the ring."""
@@ -696,8 +699,8 @@ class Backend:
         return Held.DISABLED if ready and vring.started else Held.NOTHING
 
     def _look_at_disabled(self, vring: Vring) -> None:
-        if vring.held is Held.DISABLED:
-            self.device.notify(vring.index)
+        vring.look = None
+        self.device.notify(vring.index)
 
     def _start(self, vring: Vring, wanted: Held) -> None:
         """Gives the ring to the device, if the memory that it lies in is there."""
@@ -760,6 +763,9 @@ class Backend:
         if vring.held is Held.NOTHING:
             return
         vring.held = Held.NOTHING
+        if vring.look is not None:
+            vring.look.cancel()
+            vring.look = None
         if vring.kick_fd >= 0:
             self._loop.watch(vring.kick_fd)
         queue = self.device.queues[vring.index]
