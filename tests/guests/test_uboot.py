@@ -6,6 +6,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -97,11 +98,10 @@ def host() -> Iterator[Namespace]:
 @buses
 def test_u_boot_pings_the_host(bus: str, host: Namespace) -> None:
     name = f"vqu{os.getpid() % 100000}"
-    net = NetDevice(in_namespace(host.name, lambda: LinuxTap(name)))
-    host.run(f"ip addr add {HOST4}/24 dev {name} && ip link set {name} up")
-    commands = [f"setenv ipaddr {GUEST4}", "setenv netmask 255.255.255.0"]
-    text = board(bus, net).run(SCAN, *commands, *[f"ping {HOST4}"] * 3)
-    assert text.count(f"host {HOST4} is alive") == 3
-    assert net.stats["rx_frames"] >= 4
-    assert_well(net)
-    net.close()
+    with closing(NetDevice(in_namespace(host.name, lambda: LinuxTap(name)))) as net:
+        host.run(f"ip addr add {HOST4}/24 dev {name} && ip link set {name} up")
+        commands = [f"setenv ipaddr {GUEST4}", "setenv netmask 255.255.255.0"]
+        text = board(bus, net).run(SCAN, *commands, *[f"ping {HOST4}"] * 3)
+        assert text.count(f"host {HOST4} is alive") == 3
+        assert net.stats["rx_frames"] >= 4
+        assert_well(net)
