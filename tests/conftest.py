@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 
@@ -36,6 +37,14 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"VQ_REQUIRE is set, but: {reason}"
     return report
+
+
+def pytest_configure() -> None:
+    """A shell has its background jobs ignore SIGINT, and who they start inherits that: programs that
+    tests interrupt would not notice.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
