@@ -40,8 +40,8 @@ def pytest_runtest_makereport(
 
 
 def pytest_configure() -> None:
-    """A shell has its background jobs ignore SIGINT, and who they start inherits that: programs that
-    tests interrupt would not notice.
+    """A shell has its background jobs ignore SIGINT, and whoever they start inherits that: programs
+    that tests interrupt would not notice.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
