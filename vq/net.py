@@ -635,10 +635,7 @@ class NetDevice(Device):
         return more
 
     def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
-        """Moves waiting frames into the window; whether there may be more of them.
-
-        What the last burst filled is left to the caller to flush.
-        """
+        """Moves waiting frames into the window; whether there may be more of them."""
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
@@ -652,14 +649,14 @@ class NetDevice(Device):
                 limit = 1 if alone else port.burst
                 moved = port.read_burst(window, limit)
                 frames += moved
-                if alone or moved < limit:
-                    return False
                 if not self.holds(queue, ring):
                     return False
-                if window.flush():
+                if window.flush():  # here, so that the call is part of the work that sets the pace
                     self.publish(queue)
                     if not self.holds(queue, ring):
                         return False
+                if alone or moved < limit:
+                    return False
         except OSError as error:
             self._port_broke(index, error)
             return False
