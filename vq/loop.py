@@ -7,7 +7,8 @@ To fall asleep and be woken costs more than a frame does. So where the next even
 near, the loop looks for it a little while before it sleeps. It expects what was: after the last
 event of the same descriptor, did the next event, of any descriptor, come soon? So the answers of an
 exchange of one frame at a time find the loop awake, and pings far apart cost no processor time
-beyond their own.
+beyond their own. Where the rest between events is less than half of the work on them, traffic is
+dense: then whoever makes it may be waiting for this very processor, and the loop sleeps.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class Loop:
         self._stopping = False
         self._last = -1  # the descriptor of the last event
         self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
+        self._woke = time.monotonic()  # when it had events last
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -230,22 +232,20 @@ class Loop:
         if patience is not None and patience <= LINGER:
             return poll(patience, _MOST_EVENTS)
         began = time.monotonic()
+        worked = began - self._woke
+        ready: list[tuple[int, int]] = []
         if self._last in self._soon_after:
-            while True:
+            while not ready and (looked := time.monotonic() - began) <= LINGER:
                 ready = poll(0, _MOST_EVENTS)
-                if ready:
-                    self._last = ready[-1][0]
-                    return ready
-                looked = time.monotonic() - began
-                if looked > LINGER:
-                    break
-            self._soon_after.discard(self._last)
             if patience is not None:
                 patience = max(0.0, patience - looked)
-        ready = poll(patience, _MOST_EVENTS)
+        ready = ready or poll(patience, _MOST_EVENTS)
+        self._woke = time.monotonic()
+        if ready and worked <= 2 * (self._woke - began) <= 2 * LINGER:
+            self._soon_after.add(self._last)
+        else:
+            self._soon_after.discard(self._last)
         if ready:
-            if time.monotonic() - began <= LINGER:
-                self._soon_after.add(self._last)
             self._last = ready[-1][0]
         return ready
 
