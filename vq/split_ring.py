@@ -425,7 +425,7 @@ class SplitRing:
                 addr, length, flags, _ = descriptor
                 offset = addr - base
                 end = offset + length
-                if (offset < 0 or end > limit) and length:
+                if (offset < 0 or end > limit) and length and not flags & DESC_F_INDIRECT:
                     base, limit, view = self._move_window(addr)
                     offset = addr - base
                     end = offset + length
