@@ -117,6 +117,9 @@ def test_a_guest_whose_tap_is_deleted_and_made_again_talks_on(
             address_host(host)
             wait_until(lambda: has_carrier(guest), "a carrier in the guest", 10)
             wait_until(lambda: offload(host, "tx-tcp-segmentation"), "TSO towards the guest")
+            # The new tap has another Ethernet address. The guest's kernel forgets the old one if
+            # it sees the carrier away, but it looks only once a second, and may look too late.
+            guest.output("ip neigh flush dev eth0")
             ping(guest)
         with iperf_server(host):
             guest.output(f"iperf3 -c {HOST4} -t 1 -R")
