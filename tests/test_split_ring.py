@@ -19,7 +19,8 @@ import vq.split_ring
 from vq.abi import Feature
 from vq.errors import DriverError, UsageError
 from vq.memory import DirtyLog, GuestMemory, address_of
-from vq.split_ring import Chain, Run, SplitRing
+from vq.ring_run import Run
+from vq.split_ring import Chain, SplitRing
 
 INDIRECT = 1 << Feature.INDIRECT_DESC
 EVENT_IDX = 1 << Feature.EVENT_IDX

@@ -27,6 +27,7 @@ __all__ = [
     "MAX_FRAME",
     "MOST_AT_ONCE",
     "SHORT_OF_MEMORY",
+    "START_ROOM",
     "Frame",
     "FrameBuffer",
     "Link",
@@ -52,6 +53,8 @@ SHORT_OF_MEMORY = frozenset((errno.ENOBUFS, errno.ENOMEM))
 """Errors that pass: the kernel has no memory just now. A link that reports one is not broken."""
 MOST_AT_ONCE = 128
 """Short frames that are moved together at most, by an outbox or to places lent apart."""
+START_ROOM = 128
+"""Bytes that an outbox has for each frame's start: all headers, the net header among them."""
 MAX_FRAME = 262144
 """The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 
@@ -129,6 +132,22 @@ class Outbox(Protocol):
         """Sends what was taken; returns how many frames it dealt with, as `Port.write_burst` does.
 
         Their headers leave nothing undone, and no frame is too short.
+        """
+
+    starts: memoryview
+    """Private memory for the starts of frames that are sent in place: `MOST_AT_ONCE` times
+    `START_ROOM` bytes."""
+    starts_address: int
+    most_pieces: int
+    """Pieces that `send_in_place` takes at a time."""
+
+    def send_in_place(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> int:
+        """Sends frames out of the memory that they lie in, pieces one after another, net header
+        first and checked; returns how many it dealt with.
+
+        `counts` says how many pieces each frame has. The lengths are those of frames.
         """
 
 

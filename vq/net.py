@@ -34,7 +34,7 @@ from vq.abi import (
 )
 from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
 from vq.errors import DriverError, UsageError, in_words
-from vq.link import MOST_AT_ONCE, Frame, Link, Port
+from vq.link import MOST_AT_ONCE, Frame, Link, Outbox, Port
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
@@ -50,12 +50,14 @@ from vq.offload import (
 )
 from vq.pace import Pace
 from vq.packet import copy_range
+from vq.ring_run import Run, TableRun
 from vq.software import PLAIN_HEADER
-from vq.split_ring import Chain, Run, SplitRing
+from vq.split_ring import Chain, SplitRing
 
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
 T = TypeVar("T")
+R = TypeVar("R", Run, TableRun)
 
 log = limited_logger(__name__)
 
@@ -498,13 +500,11 @@ class NetDevice(Device):
         ring.disable_kicks()
         frames = 0
         while frames < FRAMES_PER_TURN:
-            chains, sent = _NONE_TAKEN
-            if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
-                chains, sent = self._send_plain(queue, ring)
-                if sent and self.holds(queue, ring):
-                    self.publish(queue)
-                if not self.holds(queue, ring):
-                    return False
+            chains, sent = self._send_at_once(queue, ring, ring.waiting())
+            if sent and self.holds(queue, ring):
+                self.publish(queue)
+            if not self.holds(queue, ring):
+                return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
             if chains:
@@ -536,26 +536,44 @@ class NetDevice(Device):
             ring.disable_kicks()
         return True
 
-    def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
-        """Sends a burst of short frames that leave nothing undone, if that is what comes next.
+    def _send_at_once(
+        self, queue: Queue, ring: SplitRing, waiting: int
+    ) -> tuple[Sequence[Chain], int]:
+        """Sends a burst of frames by address, if what comes next is fit for that.
 
         Returns chains that it took and did not send, in their order, and how many frames it sent.
         """
-        port_index = self._port_index(queue)
+        maker, port_index = self._frame_maker, self._port_index(queue)
         outbox = self.link.ports[port_index].outbox
         if outbox is None or port_index in self._broken:
             return _NONE_TAKEN
-        run = Run(ring, writable=False)
-        run.pop(MOST_AT_ONCE)
+        if waiting >= _WORTH_A_BATCH and maker.takes_short_way():
+            run = Run(ring, writable=False)
+            run.pop(MOST_AT_ONCE)
+            sent = self._send_run(port_index, run, maker.send_plain, outbox)
+            if not self.holds(queue, ring):
+                return (), sent
+            run.give_back(_NOTHING_WRITTEN[:sent])
+            if sent or run:
+                return run.to_chains(), sent
+        if waiting > 1 and maker.takes_place_way():
+            tables = TableRun(ring)
+            tables.pop(BURST)
+            sent = self._send_run(port_index, tables, maker.send_in_place, outbox)
+            if not self.holds(queue, ring):
+                return (), sent
+            tables.give_back(sent)
+            return tables.to_chains(), sent
+        return _NONE_TAKEN
+
+    def _send_run(
+        self, port_index: int, run: R, send: Callable[[R, Outbox], int], outbox: Outbox
+    ) -> int:
         try:
-            sent = self._frame_maker.send_plain(run, outbox)
+            return send(run, outbox)
         except OSError as error:
             self._port_broke(port_index, error)
-            sent = 0
-        if not self.holds(queue, ring):
-            return (), sent
-        run.give_back(_NOTHING_WRITTEN[:sent])
-        return run.to_chains(), sent
+            return 0
 
     def _send(
         self,
