@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -869,3 +869,34 @@ def test_a_locked_mac_with_offloads_and_many_buffers(
     driver = World(memory, link, lock_mac=True, mac=make_frame(b"")[:6]).drive(MRG)
     link.deliver(frame, header=tcp_header(1448).pack())
     assert b"".join(f.data[54:] for f in driver.receive()) == make_payload(50000)
+
+
+def test_calls_for_little_wait_for_a_lull_and_much_is_told(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Acknowledgements are small, and no guest waits until they are sent."""
+    world = World(memory, link)
+    guest = world.raw(features("CSUM"))
+    frame = NET_HDR.pack(HdrFlag.NEEDS_CSUM, 0, 0, 0, 14, 0, 0) + FRAME
+    device = world.device
+    guest.offer(1, [guest.put(frame)])  # the first call is always made
+    calls: list[int] = []
+    waiting: list[Callable[[], None]] = []
+    moved: list[int] = []
+    device.on_queue_call = calls.append
+    device.on_can_wait = waiting.append
+    device.on_much_moved = lambda: moved.append(1)
+    guest.offer(1, [guest.put(frame)])
+    assert not calls and len(waiting) == 1
+    waiting.pop()()
+    assert calls == [1] and not moved
+    guest.offer(1, [guest.put(frame + bytes(4000))])
+    assert calls == [1, 1] and not waiting and not moved
+    guest.offer(1, [guest.put(frame + bytes(20000))])
+    assert calls == [1, 1, 1] and moved == [1]
+    for _ in range(16):
+        link.port.incoming.append((PLAIN, ethernet(bytes(1486))))
+        guest.offer(0, writable=[guest.room(1600)], kick=False)
+    guest.driver.kick(0)
+    device.notify(0)
+    assert moved == [1, 1] and calls == [1, 1, 1, 0]

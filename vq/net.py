@@ -72,6 +72,11 @@ _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
+_MUCH = 1 << 14
+"""Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
+_LITTLE = 1 << 11
+"""Bytes that a guest sends at a time whose memory it can do without for a while: acknowledgements,
+for the most part."""
 FRAMES_PER_TURN = 256
 """When a turn on one queue ends, with the burst that reaches it: so that a busy guest does not keep
 the other queues waiting."""
@@ -309,6 +314,8 @@ class NetDevice(Device):
                 self._interrupted.append(queue.index)
             return False
         self._working = True
+        counter = "tx_bytes" if queue.index % 2 else "rx_bytes"
+        bytes_before = self.stats[counter]
         try:
             if queue.index == self._control_index:
                 more = self._control(queue, ring)
@@ -318,6 +325,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
+        if self.on_much_moved is not None and self.stats[counter] - bytes_before >= _MUCH:
+            self.on_much_moved()
         if self._interrupted:
             self._catch_up()
         return more
@@ -516,7 +525,10 @@ class NetDevice(Device):
                     return False
                 if burst.dropped:
                     ring.write_used_burst(burst.dropped)
-                self.publish(queue)
+                if burst.size <= _LITTLE:
+                    self.publish_without_haste(queue)
+                else:
+                    self.publish(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
