@@ -184,7 +184,8 @@ def test_frames_in_indirect_tables_are_fetched_by_the_kernel_itself(
             frames_soon(guest, 500)
         exchange()
         assert guest.dropped() == {} and not port.dropped
-        assert port.in_place > sum(port.written.values()) // 2
+        written = sum(port.written.values())
+        assert port.in_place > (written // 2 if most_at_once > 5 else written // 20)
         kinds_sent = kinds(known_to_kernel(host_offloads(guest.driver.features), host))
         assert set(port.written) == set(guest.sent) == kinds_sent
 
