@@ -296,6 +296,8 @@ class FrameMaker:
 def _misfit(burst: Burst, queue: str, chain: Chain) -> None:
     """A chain that is no frame: it goes back, and the device will need a reset."""
     burst.dropped.append(chain)
+    if burst.fault is not None:
+        return  # the first one is told
     burst.fault = DriverError(
         "a writable buffer in a transmit queue"
         if chain.writable
