@@ -70,6 +70,7 @@ COMMANDS_PER_TURN = 8
 _NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
+_WORTH_PLACES = 2  # likewise, for frames that are sent in place
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
 _MUCH = 1 << 14
@@ -568,7 +569,7 @@ class NetDevice(Device):
             run.give_back(_NOTHING_WRITTEN[:sent])
             if sent or run:
                 return run.to_chains(), sent
-        if waiting > 1 and maker.takes_place_way():
+        if waiting >= _WORTH_PLACES and maker.takes_place_way():
             tables = TableRun(ring)
             tables.pop(BURST)
             sent = self._send_run(port_index, tables, maker.send_in_place, outbox)

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
 from vq.lanes import total
-from vq.link import MAX_FRAME, MOST_AT_ONCE, START_ROOM, Frame, Link, Outbox
+from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
 from vq.ring_run import Run, TableRun
@@ -43,7 +43,8 @@ The pieces are views of guest memory, whose bytes may change between two looks a
 _DETOUR = 64
 """Bursts that go the plain way before the short one is tried again."""
 _ETHERNET = 14
-assert MOST_OF_START <= START_ROOM
+# What is sent in place fits an outbox: a frame has a start, and by that a piece more than a chain.
+assert MOST_OF_START <= START_ROOM and TableRun.most_pieces + MOST_AT_ONCE <= MOST_PIECES
 _MAX_FRAMES = 1024
 """Frames of one burst, unless one chain alone makes more. Segments cut in software count: a guest
 must not have tens of thousands of them made in one go."""
@@ -145,7 +146,7 @@ class FrameMaker:
         addresses, lengths = run.addresses.tolist(), run.lengths.tolist()
         counts: list[int] = []
         size = at = room = 0
-        for count in run.counts:
+        for count in run.counts[:MOST_AT_ONCE]:
             first = lengths[at]
             length = (first if count == 1 else sum(lengths[at : at + count])) - NET_HDR_SIZE
             if first < NET_HDR_SIZE or not shortest <= length <= MAX_FRAME:
@@ -295,6 +296,8 @@ class FrameMaker:
 def _misfit(burst: Burst, queue: str, chain: Chain) -> None:
     """A chain that is no frame: it goes back, and the device will need a reset."""
     burst.dropped.append(chain)
+    if burst.fault is not None:
+        return  # the first one is told
     burst.fault = DriverError(
         "a writable buffer in a transmit queue"
         if chain.writable

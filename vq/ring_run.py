@@ -28,10 +28,8 @@ _BIG_ENDIAN = sys.byteorder == "big"
 _FEW = 10  # chains that are not worth columns
 _ADDRESS = (1 << 64) - 1  # the first of a column of addresses
 _MOST_IN_TABLE = 64  # descriptors; a chain of more is rare, and not worth a case of its own
-_MOST_PIECES = 1024
 _MOST_BYTES = 1 << 32  # of a chain, and so of all of them
 _NO_VIEWS: tuple[memoryview, ...] = ()
-_NOTHING_WRITTEN = array("I", bytes(4 * _MOST_PIECES))
 
 
 class Run:
@@ -257,8 +255,12 @@ class TableRun:
     copies, checked as `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
 
     What is not of this kind is left to that, bad chains too. While something is held here it must
-    not be called: `to_chains` first.
+    not be called: `to_chains` first. With IN_ORDER nothing is taken while the device holds a
+    `Chain`, which is older.
     """
+
+    most_pieces = 1024
+    """Buffers that are held at most, of all chains together."""
 
     def __init__(self, ring: SplitRing) -> None:
         self.heads = array("I")
@@ -284,19 +286,19 @@ class TableRun:
     def pop(self, limit: int) -> int:
         """Takes up to `limit` chains, as far as they are of this kind; returns how many.
 
-        To be called while nothing is held. None when some of them are, but not in one region.
+        None when one of their buffers is not in the one region, and while some are held already.
         Raises `DriverError` when the available index is impossible.
         """
         ring = self._ring
-        if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
+        if self.heads or ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
             return 0
         slot = ring._next_avail & (ring.size - 1)
         count = min(ring.waiting(), limit, ring.size - slot)
         if count <= 0:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        heads, fields = self._read(ring._avail_words[2 + slot : 2 + slot + count].tolist())
-        addresses, lengths = fields
+        words = ring._avail_words[2 + slot : 2 + slot + count]
+        heads, addresses, lengths = self._read(words.tolist())
         if not heads:
             return 0
         start, room, _ = self._region
@@ -319,7 +321,7 @@ class TableRun:
             ring._inflight_log.popped(heads)
         return len(heads)
 
-    def _read(self, heads: list[int]) -> tuple[list[int], tuple[list[int], list[int]]]:
+    def _read(self, heads: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Reads descriptors and tables, each once, up to the first chain of another kind.
 
         Returns the heads before that, and the addresses and lengths that were read, which are not
@@ -361,9 +363,9 @@ class TableRun:
                 lengths.append(length)
             counts.append(count)
             taken.append(head)
-            if len(addresses) > _MOST_PIECES - _MOST_IN_TABLE:
+            if len(addresses) > self.most_pieces - _MOST_IN_TABLE:
                 break
-        return taken, (addresses, lengths)
+        return taken, addresses, lengths
 
     def _found(self, address: int) -> bool:
         """Whether there is a region at a guest-physical address; all is to be in that one then."""
@@ -405,6 +407,9 @@ class TableRun:
         for column in (self.heads, self.addresses, self.lengths):
             del column[:]
         return chains
+
+
+_NOTHING_WRITTEN = array("I", bytes(4 * TableRun.most_pieces))  # no chain is without a buffer
 
 
 def _let_go(ring: SplitRing, heads: array[int]) -> None:

@@ -37,6 +37,7 @@ from vq.lanes import alike, all_between
 from vq.link import (
     MAX_FRAME,
     MOST_AT_ONCE,
+    MOST_PIECES,
     SHORT_OF_MEMORY,
     START_ROOM,
     Frame,
@@ -107,21 +108,20 @@ T = TypeVar("T")
 
 
 class _Batches:
-    """Short frames from and to a tap, `COUNT` in a system call, and what that takes.
+    """Frames from and to a tap, `COUNT` in a system call, and what that takes.
 
     Raises `OSError` where the kernel does not have it.
     """
 
     COUNT = MOST_AT_ONCE
     BYTES = 2048 * COUNT
-    PIECES = 2048
 
     def __init__(self, fd: int) -> None:
         self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ, Opcode.WRITEV), self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
             self._words = Slab(_WORD * self.COUNT, self.COUNT)
-            self._pieces = IoVectors(self.PIECES)
+            self._pieces = IoVectors(MOST_PIECES)
         except BaseException:
             self.ring.close()
             raise
@@ -193,7 +193,6 @@ class _TapOutbox:
     """See `vq.link.Outbox`."""
 
     most_bytes = _Batches.BYTES
-    most_pieces = _Batches.PIECES
 
     def __init__(self, port: LinuxTapPort, batches: _Batches) -> None:
         self._port = port
