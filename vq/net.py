@@ -510,11 +510,14 @@ class NetDevice(Device):
         ring.disable_kicks()
         frames = 0
         while frames < FRAMES_PER_TURN:
-            chains, sent = self._send_at_once(queue, ring, ring.waiting())
-            if sent and self.holds(queue, ring):
-                self.publish(queue)
-            if not self.holds(queue, ring):
-                return False
+            chains, sent = _NONE_TAKEN
+            waiting = ring.waiting()
+            if waiting >= _WORTH_PLACES:
+                chains, sent = self._send_at_once(queue, ring, waiting)
+                if sent and self.holds(queue, ring):
+                    self.publish(queue)
+                if not self.holds(queue, ring):
+                    return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
             if chains:

@@ -143,7 +143,7 @@ class FrameMaker:
             return 0
         memory, base, starts = run.memory, run.base, outbox.starts
         permitted, shortest = int(self.allowed), max(self._link.min_frame, _ETHERNET)
-        addresses, lengths = run.addresses.tolist(), run.lengths.tolist()
+        addresses, lengths = run.addresses[:], run.lengths[:]
         counts: list[int] = []
         size = at = room = 0
         for count in run.counts[:MOST_AT_ONCE]:
@@ -152,8 +152,8 @@ class FrameMaker:
             if first < NET_HDR_SIZE or not shortest <= length <= MAX_FRAME:
                 break
             place = addresses[at] - base
-            looked_at = bytes(memory[place : place + min(first, MOST_OF_START)])
-            start = usual_start(looked_at, length, permitted)
+            looked_at = memory[place : place + (first if first < MOST_OF_START else MOST_OF_START)]
+            start = usual_start(bytes(looked_at), length, permitted)
             if start is None:
                 break
             replaced = len(start)

@@ -251,7 +251,7 @@ class TableRun:
     So a driver sends what lies in many places. All is in one region, and each table's descriptors
     follow one another; a chain of one buffer without a table is taken too. Chain by chain, oldest
     first, `heads` and `counts` say what is held, `counts` how many buffers each chain has; buffer
-    by buffer `addresses` (host-virtual, "Q") and `lengths` (bytes, "I"). They are the ring's own
+    by buffer `addresses` (host-virtual) and `lengths` (in bytes). They are the ring's own
     copies, checked as `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
 
     What is not of this kind is left to that, bad chains too. While something is held here it must
@@ -265,8 +265,8 @@ class TableRun:
     def __init__(self, ring: SplitRing) -> None:
         self.heads = array("I")
         self.counts: list[int] = []
-        self.addresses = array("Q")
-        self.lengths = array("I")
+        self.addresses: list[int] = []
+        self.lengths: list[int] = []
         self._ring = ring
         self._region = ring._window
         self.base = ring.memory.hvaddr(self._region[0])
@@ -314,8 +314,8 @@ class TableRun:
         for head in heads:
             outstanding[head] = self
         self.heads.extend(heads)
-        self.addresses = array("Q", [address + shift for address in addresses])
-        self.lengths = array("I", lengths)
+        self.addresses = [address + shift for address in addresses]
+        self.lengths = lengths
         ring._next_avail = (ring._next_avail + len(heads)) & 0xFFFF
         if ring._inflight_log is not None:
             ring._inflight_log.popped(heads)
@@ -403,8 +403,7 @@ class TableRun:
             chains.append(chain)
         if ring._in_order:
             ring._order.extend(chains)
-        self.counts.clear()
-        for column in (self.heads, self.addresses, self.lengths):
+        for column in (self.heads, self.counts, self.addresses, self.lengths):
             del column[:]
         return chains
 

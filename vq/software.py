@@ -230,7 +230,9 @@ def usual_start(start: bytes, length: int, permitted: int) -> bytes | None:
     Returns what the link gets in the place of as many first bytes: the cleaned net header, and in a
     GSO frame all headers that were checked.
     """
-    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, _ = NET_HDR.unpack_from(start)
+    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers = NET_HDR.unpack_from(
+        start
+    )
     if not (flags or gso_type):
         return PLAIN_HEADER
     if not (flags & _NEEDS_CSUM and permitted & _CSUM):
@@ -246,6 +248,8 @@ def usual_start(start: bytes, length: int, permitted: int) -> bytes | None:
     end = _usual_headers(frame, gso_type, gso_size, csum_start, csum_offset, length)
     if not end:
         return None
+    if flags == _NEEDS_CSUM and hdr_len == end and not num_buffers:  # as Linux' driver says it
+        return start[: NET_HDR_SIZE + end]
     cleaned = NET_HDR.pack(_NEEDS_CSUM, gso_type, end, gso_size, csum_start, csum_offset, 0)
     return cleaned + frame[:end]
 
