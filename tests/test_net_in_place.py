@@ -157,7 +157,7 @@ bursts = st.tuples(
 
 def life(
     memory: GuestMemory, played: Sequence[Any], wanted: int, accepts: Offload, **options: Any
-) -> list[object]:
+) -> tuple[list[tuple[bytes, bytes]], list[tuple[int, int]], dict[str, int], str]:
     """What comes of some bursts, after each of which the link takes so many frames."""
     for region in memory.regions:
         region.view[:] = bytes(region.size)
@@ -194,7 +194,7 @@ def life(
     stats = {k: n for k, n in world.device.stats.items() if k.startswith("tx") and n}
     fault = world.device.fault
     assert fault is None or isinstance(fault, DriverError)
-    return [link.port.written, sorted(used), stats, str(fault)]
+    return link.port.written, sorted(used), stats, str(fault)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,13 @@ def test_what_comes_of_a_guests_frames_is_the_same_either_way(
                 patch.setattr("vq.net._WORTH_A_BATCH", 1000)
             outcomes.append(life(large_memory, played, wanted, accepts, **option))
     plain, quick = outcomes
-    assert quick == plain
+    if plain[-1] == "None":
+        assert quick == plain
+        return
+    # How many frames behind a bad one come in the same burst depends on the way.
+    assert quick[-1] == plain[-1]
+    fewer = min(len(plain[0]), len(quick[0]))
+    assert quick[0][:fewer] == plain[0][:fewer]
 
 
 # --- frames in place -----------------------------------------------------------------------------
