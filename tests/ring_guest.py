@@ -28,10 +28,16 @@ BUFFERS = 0x8000
 class Guest:
     """The driver's side by hand: descriptors, available entries, and a look at what was used."""
 
-    def __init__(self, memory: GuestMemory, size: int = 8, start: int = 0) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int = 8,
+        start: int = 0,
+        places: Sequence[int] = (DESC, AVAIL, USED),
+    ) -> None:
         self.memory = memory
         self.size = size
-        self.places = [DESC, AVAIL, USED]
+        self.places = list(places)
         if size > 256:
             self.places = [0, 0x80000, 0xA0000]
         self.start = start

@@ -14,6 +14,7 @@ from ring_guest import (
     AVAIL,
     BUFFERS,
     DESC,
+    EVENT_IDX,
     HOLE,
     IN_ORDER,
     INDIRECT,
@@ -272,6 +273,7 @@ def test_in_order_a_run_takes_nothing_before_older_chains_are_back(guest: Guest)
 # --- chains in indirect tables -------------------------------------------------------------------
 
 TABLES = 0x4000  # where the driver here puts them, 0x100 bytes apart
+ONE = 0x5000  # a table of one buffer
 Descriptor = tuple[int, int, int, int]
 ChainAsked = tuple[str, list[tuple[int, int]], tuple[int, int, int] | None, tuple[str, int] | None]
 """What kind it is, its buffers, ``(which, field, value)`` of a descriptor in its table, and a field
@@ -473,23 +475,28 @@ def test_a_run_of_tables_ends_where_the_ring_does(memory: GuestMemory, start: in
     guest = Guest(memory, start=start)
     fill_tables(guest)
     guest.offer(*range(8))
-    run = TableRun(guest.ring(INDIRECT))
+    ring = guest.ring(INDIRECT | EVENT_IDX)
+    run = TableRun(ring)
     first = 8 - start % 8
     assert run.pop(64) == first
     run.give_back(first)
     assert run.pop(64) == 8 - first
     if first < 8:
         assert run.heads.tolist() == list(range(first, 8))
+    assert not ring.enable_kicks() and guest.avail_event == (start + 8) % 65536
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize(
     ("what", "bad"),
     [
-        ("a table of no bytes", lambda guest, head: guest.desc(head, TABLES, 0, TABLE)),
-        ("a table of half a descriptor", lambda guest, head: guest.desc(head, TABLES, 24, TABLE)),
-        ("a table chained on", lambda guest, head: guest.desc(head, TABLES, 16, TABLE | NEXT, 1)),
-        ("a table for writing", lambda guest, head: guest.desc(head, TABLES, 16, TABLE | WRITE)),
+        ("a table of no bytes", lambda guest, head: guest.desc(head, ONE, 0, TABLE)),
+        ("a table of half a descriptor", lambda guest, head: guest.desc(head, ONE, 8, TABLE)),
+        ("a table and a half", lambda guest, head: guest.desc(head, ONE, 24, TABLE)),
+        ("a table and a byte", lambda guest, head: guest.desc(head, ONE, 17, TABLE)),
+        ("a table chained on", lambda guest, head: guest.desc(head, ONE, 16, TABLE | NEXT, 1)),
+        ("a table for writing", lambda guest, head: guest.desc(head, ONE, 16, TABLE | WRITE)),
+        ("another flag", lambda guest, head: guest.desc(head, ONE, 16, TABLE | 0x8000)),
         ("a table in a hole", lambda guest, head: guest.desc(head, HOLE, 16, TABLE)),
         ("a table over a seam", lambda guest, head: guest.desc(head, SEAM - 16, 32, TABLE)),
         ("a table that wraps", lambda guest, head: guest.desc(head, TOP - 16, 32, TABLE)),
@@ -512,11 +519,15 @@ def test_a_run_of_tables_ends_where_the_ring_does(memory: GuestMemory, start: in
             ),
         ),
         (
-            "another order",
+            "a chain that leaves some out",
             lambda guest, head: put_table(
-                guest,
-                head,
-                [(BUFFERS, 1, NEXT, 2), (BUFFERS, 1, 0, 0), (BUFFERS, 1, NEXT, 1)],
+                guest, head, [(BUFFERS, 1, NEXT, 2), (BUFFERS, 2, NEXT, 2), (BUFFERS, 3, 0, 0)]
+            ),
+        ),
+        (
+            "a loop before the end",
+            lambda guest, head: put_table(
+                guest, head, [(BUFFERS, 1, NEXT, 1), (BUFFERS, 2, NEXT, 0), (BUFFERS, 3, 0, 0)]
             ),
         ),
         (
@@ -539,6 +550,7 @@ def test_a_run_of_tables_ends_before_a_chain_of_another_kind(
 ) -> None:
     """And leaves that to `pop_burst`, which takes it or says what is wrong."""
     fill_tables(guest)
+    guest.table(ONE, *in_turn((BUFFERS, 1), (BUFFERS, 1))[1:])  # nothing is wrong with it
     ring = guest.ring(INDIRECT)
     heads = [0, 1, 2, 3]
     if what == "a head that is used":
@@ -615,6 +627,19 @@ def test_a_run_of_tables_may_lie_in_any_region_but_in_one_only(guest: Guest) -> 
     guest.offer(5, 6)
     assert run.pop(8) == 0
     assert [chain.head for chain in ring.pop_burst(8)] == [5, 6]
+
+
+@pytest.mark.parametrize("place", [0, 0x7FF0, 0x10000 - 16, 0x20000, 0x20000 - 8])
+def test_a_table_beside_the_only_region_is_not_read(place: int) -> None:
+    with GuestMemory.allocate((0x10000, 0x10000)) as memory:
+        guest = Guest(memory, places=(0x11000, 0x12000, 0x13000))
+        memory.region_at(0x10000).view[-16:] = struct.pack("<QIHH", 0x18000, 8, 0, 0)
+        guest.desc(0, place, 16, TABLE)
+        guest.offer(0)
+        ring = guest.ring(INDIRECT)
+        assert TableRun(ring).pop(8) == 0
+        with pytest.raises(DriverError, match="not in the guest's memory"):
+            ring.pop_burst(8)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1, 3)])

@@ -154,6 +154,15 @@ def test_a_start_says_nothing_else_of_any_header(
     assert_start_agrees([NET_HDR.pack(*fields), *pieces], allowed)
 
 
+@pytest.mark.parametrize("start", [13, 14, 15, 60, 97, 98, 99, 0xFFFF])
+@pytest.mark.parametrize("offset", [0, 1, 16, 84, 85, 86, 0xFFFF])
+def test_a_start_knows_where_a_checksum_may_stand(start: int, offset: int) -> None:
+    """Behind the Ethernet header, and up to the end of the frame."""
+    frame = [NET_HDR.pack(1, 0, 0, 0, start, offset, 0), memoryview(bytes(100))]
+    good = start >= 14 and start + offset + 2 <= 100
+    assert assert_start_agrees(frame, ALL) == good
+
+
 @pytest.mark.parametrize("network, kind", [(ipv4, 1), (ipv6, 4)])
 @given(
     words=st.integers(0, 10),

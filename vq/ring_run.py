@@ -343,11 +343,11 @@ class TableRun:
                 if length & 15 or not 0 < count <= most:
                     break
                 if not 0 <= offset <= room - length:
-                    if taken or not self._found(address):
+                    if taken:
                         break
-                    start, room, memory = self._region
+                    start, room, memory = self._move(address)
                     offset = address - start
-                    if offset > room - length:
+                    if not 0 <= offset <= room - length:
                         break
                 layout, flags_in_turn, next_in_turn = _in_turn(count)
                 fields = layout.unpack_from(memory, offset)
@@ -367,12 +367,11 @@ class TableRun:
                 break
         return taken, addresses, lengths
 
-    def _found(self, address: int) -> bool:
-        """Whether there is a region at a guest-physical address; all is to be in that one then."""
-        before = self._region
+    def _move(self, address: int) -> tuple[int, int, memoryview]:
+        """Has all be in the region around a guest-physical address, if there is one there."""
         self._region = self._ring._move_window(address)
         self.base = self._ring.memory.hvaddr(self._region[0])
-        return self._region is not before and address >= self._region[0]
+        return self._region
 
     def give_back(self, count: int) -> None:
         """Writes the used elements of the first `count` chains: nothing was written to them.
