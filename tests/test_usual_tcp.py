@@ -4,6 +4,7 @@ frames, and `usual_start`, which has only a frame's first bytes."""
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import struct
 from collections.abc import Callable
@@ -195,7 +196,8 @@ def test_a_start_says_something_of_usual_frames(
     assert assert_start_agrees([PLAIN_HEADER, *pieces], allowed)
     checksum = NET_HDR.pack(1, 0, 0xFFFF, 9, at, 16, 3)
     assert assert_start_agrees([checksum, *pieces], allowed) == (Offload.CSUM in allowed)
-    segments = NET_HDR.pack(1, kind, 0, 1448, at, 16, 0)
     offload = Offload.TSO4 if kind == 1 else Offload.TSO6
     permitted = Offload.CSUM in allowed and offload in allowed and cut >= end
-    assert assert_start_agrees([segments, *pieces], allowed) == permitted
+    for flags, hdr_len, buffers in itertools.product((1, 3), (end, 0, end + 1), (0, 1)):
+        segments = NET_HDR.pack(flags, kind, hdr_len, 1448, at, 16, buffers)
+        assert assert_start_agrees([segments, *pieces], allowed) == permitted

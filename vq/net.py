@@ -572,7 +572,7 @@ class NetDevice(Device):
             run.give_back(_NOTHING_WRITTEN[:sent])
             if sent or run:
                 return run.to_chains(), sent
-        if waiting >= _WORTH_PLACES and maker.takes_place_way():
+        if maker.takes_place_way():
             tables = TableRun(ring)
             tables.pop(BURST)
             sent = self._send_run(port_index, tables, maker.send_in_place, outbox)
