@@ -283,8 +283,9 @@ class TableRun:
         """All bytes of the region that the buffers lie in; the first is at `base`."""
         return self._region[2]
 
-    def pop(self, limit: int) -> int:
-        """Takes up to `limit` chains, as far as they are of this kind; returns how many.
+    def pop(self, limit: int, enough_bytes: int = _MOST_BYTES) -> int:
+        """Takes up to `limit` chains, as far as they are of this kind, and no more once they have
+        `enough_bytes` bytes; returns how many.
 
         None when one of their buffers is not in the one region, and while some are held already.
         Raises `DriverError` when the available index is impossible.
@@ -298,7 +299,7 @@ class TableRun:
             return 0
         order_loads()  # the entries are read after the index that covers them (2.7.13.3)
         words = ring._avail_words[2 + slot : 2 + slot + count]
-        heads, addresses, lengths = self._read(words.tolist())
+        heads, addresses, lengths = self._read(words.tolist(), enough_bytes)
         if not heads:
             return 0
         start, room, _ = self._region
@@ -321,8 +322,8 @@ class TableRun:
             ring._inflight_log.popped(heads)
         return len(heads)
 
-    def _read(self, heads: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Reads descriptors and tables, each once, up to the first chain of another kind.
+    def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[int], list[int]]:
+        """Reads descriptors and tables, each once, up to a chain of another kind, or enough of them.
 
         Returns the heads before that, and the addresses and lengths that were read, which are not
         checked yet.
@@ -354,16 +355,19 @@ class TableRun:
                 if fields[2::4] != flags_in_turn or fields[3:-1:4] != next_in_turn:
                     break
                 addresses += fields[::4]
-                lengths += fields[1::4]
+                sizes = fields[1::4]
+                lengths += sizes
+                enough_bytes -= sum(sizes)
             elif flags:
                 break
             else:
                 count = 1
                 addresses.append(address)
                 lengths.append(length)
+                enough_bytes -= length
             counts.append(count)
             taken.append(head)
-            if len(addresses) > self.most_pieces - _MOST_IN_TABLE:
+            if enough_bytes <= 0 or len(addresses) > self.most_pieces - _MOST_IN_TABLE:
                 break
         return taken, addresses, lengths
 
