@@ -516,3 +516,24 @@ def test_no_run_is_too_much_for_an_outbox(memory: GuestMemory, pieces: int) -> N
 def test_an_outboxs_room_holds_what_is_sent_in_place() -> None:
     assert MOST_OF_START <= START_ROOM
     assert TableRun.most_pieces + MOST_AT_ONCE <= MOST_PIECES
+
+
+@pytest.mark.usefixtures("in_place")
+def test_work_is_given_up_after_a_turn_when_much_was_sent(memory: GuestMemory) -> None:
+    """Some boots of a guest fell into step with the device: its socket holds fifteen such frames,
+    which were sent in one go, and what their receiver acknowledged came to the guest only then. So
+    the one always waited for the other."""
+    link = ScriptedLink()
+    world = World(memory, link)
+    left: list[int] = []
+    world.device.on_work_left = left.append
+    guest = world.raw(WANTED)
+    block = guest.put(bytes(0x8000))
+    for _ in range(10):
+        offer_buffers(guest, [guest.put(PLAIN + ethernet(bytes(100))), block, (block[0], 25000)])
+    guest.driver.kick(1)
+    counts = [len(link.port.written)]
+    while left:
+        world.device.notify(left.pop())
+        counts.append(len(link.port.written))
+    assert counts == [4, 8, 10] and outbox(link).in_place == 10

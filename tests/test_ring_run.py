@@ -444,6 +444,23 @@ def test_a_run_of_tables_takes_just_what_would_come_as_chains(
         assert ends[0] == ends[1] and logs[0].all == logs[1].all
 
 
+@pytest.mark.parametrize(
+    ("enough", "taken"),
+    [(0, 1), (1, 1), (48, 1), (49, 2), (125, 2), (126, 3), (1000, 5)],
+)
+def test_no_more_chains_are_taken_once_there_are_enough_bytes(
+    guest: Guest, enough: int, taken: int
+) -> None:
+    fill_tables(guest)
+    guest.desc(2, BUFFERS + 0x900, 77)
+    ring = guest.ring(INDIRECT)
+    guest.offer(5, 2, 7, 0, 1)  # 48, 77, 54, 33 bytes, and more
+    run = TableRun(ring)
+    assert run.pop(8, enough) == taken == len(run)
+    chains = run.to_chains()
+    assert len(chains) + len(ring.pop_burst(8)) == 5, "the others are left"
+
+
 def test_usual_tables_are_taken_many_at_a_time(guest: Guest) -> None:
     """The way is not there in vain; and it may lead over to chains at any place."""
     fill_tables(guest)

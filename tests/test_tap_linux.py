@@ -1435,6 +1435,17 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
 
 
 @needs_tap
+def test_long_frames_are_best_read_few_at_a_time(namespace: str, tap: LinuxTap) -> None:
+    port, room = tap.ports[0], PlacesOfAnySize()
+    assert port.burst == 64
+    tap.set_mtu(40000)
+    with udp_socket(namespace) as sender:
+        for size, burst in ((20, 64), (20000, 3), (16000, 64), (30000, 3), (30, 64)):
+            sender.sendto(bytes(size), (OURS, 7000))
+            assert port.read_burst(room, 1) == 1 and port.burst == burst
+
+
+@needs_tap
 def test_where_io_uring_is_forbidden_frames_go_one_by_one(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ class Port(ABC):
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
     burst = 64
-    """Frames that are best read at a time, now."""
+    """Frames that are best read at a time, now: where they are long, fewer than that."""
     none_waits_inside: ClassVar[bool] = False
     """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
     read before there is none. A port that keeps frames in this process must be read to the end."""

@@ -73,17 +73,17 @@ _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
 _WORTH_PLACES = 2  # likewise, for frames that are sent in place
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
+FRAMES_PER_TURN = 256
+"""When a turn on one queue ends, with the burst that reaches it: so that a busy guest does not keep
+the other queues waiting."""
 BYTES_PER_TURN = 200 << 10
-"""Likewise, for what is sent: four frames of the longest. Then what their receiver acknowledges is
-brought to the guest, and makes room in its socket for more, while the next are sent."""
+"""Likewise, for what the guest sends: four frames of the longest. Then what their receiver
+acknowledges is brought to the guest, and makes room in its socket while the next are sent."""
 _MUCH = 1 << 14
 """Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
 _LITTLE = 1 << 11
 """Bytes that a guest sends at a time whose memory it can do without for a while: acknowledgements,
 for the most part."""
-FRAMES_PER_TURN = 256
-"""When a turn on one queue ends, with the burst that reaches it: so that a busy guest does not keep
-the other queues waiting."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -677,14 +677,14 @@ class NetDevice(Device):
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
-        # Where frames come one at a time there is no look for a second one: an event loop, if there
-        # is one, looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        # Where few come at a time there is no look for one more: an event loop, if there is one,
+        # looks anyhow, and to find nothing is an exception, which takes as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
-        alone = pace.begin() and polled
+        expected = pace.begin() if polled else 0
         frames = 0
         try:
             while frames < FRAMES_PER_TURN:
-                limit = 1 if alone else port.burst
+                limit = min(expected, port.burst) or port.burst
                 moved = port.read_burst(window, limit)
                 frames += moved
                 if not self.holds(queue, ring):
@@ -693,8 +693,10 @@ class NetDevice(Device):
                     self.publish(queue)
                     if not self.holds(queue, ring):
                         return False
-                if alone or moved < limit:
+                if expected or moved < limit:
                     return False
+                if limit < Port.burst:  # long ones: what the guest acknowledges is to be sent, too
+                    return True
         except OSError as error:
             self._port_broke(index, error)
             return False

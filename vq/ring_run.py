@@ -323,7 +323,7 @@ class TableRun:
         return len(heads)
 
     def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[int], list[int]]:
-        """Reads descriptors and tables, each once, up to a chain of another kind, or enough of them.
+        """Reads descriptors and tables, each once, up to a chain of another kind or enough bytes.
 
         Returns the heads before that, and the addresses and lengths that were read, which are not
         checked yet.

@@ -101,6 +101,10 @@ _LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
 """Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
 _WORD = 4
 _LONGEST_ANSWER = NET_HDR_SIZE + MAX_FRAME
+_LONG = 1 << 14
+"""Bytes of a frame that the host left to be segmented."""
+_FEW_LONG = 3
+"""Of those so many are read at a time: the guest is to begin on them while more are read."""
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -361,6 +365,7 @@ class LinuxTapPort(Port):
                         continue
                     by_address.commit_together(length)
                     moved += 1
+                    self.burst = _FEW_LONG if length > _LONG else Port.burst
                     continue
                 views = room.views()
                 if not views:
