@@ -16,7 +16,18 @@ import pytest
 from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
 from vq.driver import Driver, DriverRing, GuestBuffer
 from vq.gather import IoVectors
-from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, PlacesRoom, Port, Room, scatter
+from vq.link import (
+    MAX_FRAME,
+    MOST_AT_ONCE,
+    MOST_PIECES,
+    START_ROOM,
+    Frame,
+    Link,
+    PlacesRoom,
+    Port,
+    Room,
+    scatter,
+)
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NetDriver, NetHeader
@@ -46,6 +57,7 @@ def frames_by_address() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScriptedPort, "by_address", True)
         patch.setattr("vq.net._WORTH_A_BATCH", 1)
+        patch.setattr("vq.net._WORTH_PLACES", 1)
         patch.setattr("vq.net_receive._DETOUR", 0)
         patch.setattr("vq.net_transmit._DETOUR", 0)
         yield
@@ -135,13 +147,18 @@ class ScriptedPort(Port):
 
 
 class ScriptedOutbox:
-    """The short way out of a device, to a `ScriptedPort`."""
+    """The short ways out of a device, to a `ScriptedPort`."""
 
     most_bytes = 1 << 17
 
     def __init__(self, port: ScriptedPort) -> None:
         self._port = port
         self._taken = b""
+        self.in_place = 0
+        """Frames that the port took out of the guest's memory."""
+        starts = (ctypes.c_ubyte * (MOST_AT_ONCE * START_ROOM))()
+        self.starts = memoryview(starts).cast("B")
+        self.starts_address = ctypes.addressof(starts)
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         assert 1 <= len(addresses) <= MOST_AT_ONCE and sum(lengths) == total <= self.most_bytes
@@ -155,6 +172,27 @@ class ScriptedOutbox:
         frames: list[Frame] = [[PLAIN, frame[12:]] for frame in whole]
         assert all(frame[:2] == b"\0\0" for frame in whole), "nothing is left undone"
         return self._port.write_burst(frames)
+
+    def send_in_place(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> int:
+        """Looks into that memory when the port does, as a kernel would."""
+        assert 1 <= len(counts) <= MOST_AT_ONCE and min(counts) >= 1
+        assert len(addresses) == len(lengths) == sum(counts) <= MOST_PIECES and min(lengths) >= 1
+        pieces = [
+            memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+            for address, length in zip(addresses, lengths, strict=True)
+        ]
+        frames: list[Frame] = []
+        for number, first in enumerate(itertools.accumulate(counts[:-1], initial=0)):
+            room = addresses[first] - self.starts_address
+            assert room == number * START_ROOM and 12 <= lengths[first] <= START_ROOM
+            header, *frame = pieces[first : first + counts[number]]
+            frames.append([bytes(header[:12]), header[12:], *frame])
+            assert 14 <= sum(map(len, frames[-1])) - 12 <= MAX_FRAME
+        sent = self._port.write_burst(frames)
+        self.in_place += sent
+        return sent
 
 
 class ScriptedLink(Link):

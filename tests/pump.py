@@ -30,7 +30,7 @@ from typing import Any, TypeVar, cast
 
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, HdrFlag, HdrGso, feature_mask
 from vq.gather import IoVectors
-from vq.link import Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
+from vq.link import START_ROOM, Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver, NetHeader
@@ -195,6 +195,8 @@ class HostPort(LinuxTapPort):
         self.most_at_once = 1 << 20
         """Frames of a burst that are taken; the rest is refused, as with a full tap."""
         self.refused = 0
+        self.in_place = 0
+        """Frames that the kernel fetched out of the guest's memory, many in one system call."""
         if self.outbox is not None:
             self.outbox = None if tags else _WatchedOutbox(self.outbox, self)
 
@@ -234,6 +236,8 @@ class _WatchedOutbox:
         self.most_bytes = outbox.most_bytes
         self.take = outbox.take
         self._send = outbox.send
+        self.starts, self.starts_address = outbox.starts, outbox.starts_address
+        self._send_in_place = outbox.send_in_place
         self._port = port
 
     def send(self, lengths: array[int]) -> int:
@@ -242,6 +246,20 @@ class _WatchedOutbox:
             return 0
         taken = self._send(lengths[: self._port.most_at_once])
         self._port.written["NONE"] += taken
+        return taken
+
+    def send_in_place(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> int:
+        self._port.refused += max(0, len(counts) - self._port.most_at_once)
+        counts = counts[: self._port.most_at_once]
+        if not counts:
+            return 0
+        pieces = sum(counts)
+        taken = self._send_in_place(addresses[:pieces], lengths[:pieces], counts)
+        for start in range(0, taken * START_ROOM, START_ROOM):
+            self._port.written[undone(bytes(self.starts[start : start + 12]))] += 1
+        self._port.in_place += taken
         return taken
 
 

@@ -53,6 +53,7 @@ class Echo(Device):
         self.happened: list[object] = []
         self.held: list[Chain] = []
         self.hold = False
+        self.haste = True
         self.trouble: Callable[[str], None] = lambda step: None
 
     def process(self, queue: Queue, ring: SplitRing) -> bool:
@@ -64,7 +65,7 @@ class Echo(Device):
                 chain.written = chain.writable_size
                 ring.write_used(chain)
         self.trouble("written")
-        self.publish(queue)
+        (self.publish if self.haste else self.publish_without_haste)(queue)
         return ring.enable_kicks()
 
     def note(self, step: str, *what: object) -> None:
@@ -733,6 +734,110 @@ def test_a_call_is_made_only_when_the_driver_wants_it(bench: Bench) -> None:
     bench.offer(0, 2)
     device.notify(0)
     assert bench.used(0) == [(2, 3)]
+
+
+class Unhurried:
+    """A device that publishes without haste, and an event loop that waits for a lull."""
+
+    def __init__(self, bench: Bench, features: int = VERSION_1) -> None:
+        self.bench = bench
+        self.waiting: list[Callable[[], None]] = []
+        self.device = bench.bring_up(features)
+        self.device.haste = False
+        bench.offer(0, 0)
+        self.device.notify(0)  # the first call is always made
+        self.device.on_can_wait = self.waiting.append
+        bench.calls.clear()
+        bench.used(0)
+
+    def lull(self) -> None:
+        for callback in [self.waiting.pop() for _ in range(len(self.waiting))]:
+            callback()
+
+
+def test_what_is_published_without_haste_is_seen_at_once_and_called_for_in_a_lull(
+    bench: Bench,
+) -> None:
+    unhurried = Unhurried(bench)
+    for head in (1, 2):
+        bench.offer(0, head)
+        unhurried.device.notify(0)
+        assert bench.used(0) == [(head, head + 1)] and not bench.calls
+    assert len(unhurried.waiting) == 1
+    unhurried.lull()
+    assert bench.calls == [0] and not unhurried.waiting
+    bench.offer(0, 3)
+    unhurried.device.notify(0)
+    unhurried.lull()
+    assert bench.calls == [0, 0]
+
+
+def test_without_an_event_loop_there_is_no_lull_to_wait_for(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    unhurried.device.on_can_wait = None
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    assert bench.calls == [0]
+
+
+def test_a_driver_that_looked_by_itself_meanwhile_is_not_called(bench: Bench) -> None:
+    unhurried = Unhurried(bench, VERSION_1 | EVENT_IDX)
+    bench.memory.write(AVAIL + 4 + 2 * 4, b"\1\0")  # used_event: at the next one
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    bench.memory.write(AVAIL + 4 + 2 * 4, b"\2\0")  # it has seen that one
+    unhurried.lull()
+    assert not bench.calls
+    bench.offer(0, 2)
+    unhurried.device.notify(0)
+    unhurried.lull()
+    assert bench.calls == [0]
+
+
+def test_a_call_in_haste_is_for_what_was_published_without_it_too(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    unhurried.device.haste = True
+    bench.offer(0, 2)
+    unhurried.device.notify(0)
+    assert bench.calls == [0]
+    unhurried.lull()
+    assert bench.calls == [0]
+
+
+def test_a_call_that_waits_is_made_before_its_queue_stops(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    unhurried.device.stop_queue(0)
+    assert bench.calls == [0]
+    unhurried.lull()
+    assert bench.calls == [0]
+
+
+def test_a_call_that_waits_is_made_though_the_device_needs_a_reset(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    unhurried.device.accept_features(0)
+    assert unhurried.device.status & NEEDS_RESET
+    unhurried.lull()
+    assert bench.calls == [0]
+
+
+def test_a_call_that_waits_is_forgotten_with_its_ring(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    bench.offer(0, 1)
+    unhurried.device.notify(0)
+    unhurried.device.write_status(0)
+    bench.bring_up()
+    unhurried.lull()
+    assert not bench.calls
+    unhurried.device.haste = True
+    bench.offer(0, 0)
+    unhurried.device.notify(0)
+    assert bench.calls == [0]
 
 
 def test_a_bad_chain_makes_the_device_need_a_reset_after_the_good_ones(

@@ -71,6 +71,19 @@ def test_vectors_are_filled_in_their_order_from_any_of_them() -> None:
         assert vectors.read(file.fileno(), 1, 3) == 0
 
 
+def test_rows_of_vectors_lie_behind_one_another() -> None:
+    vectors = IoVectors(9)
+    each = 2 * ctypes.sizeof(ctypes.c_void_p)
+    rows = vectors.places([3, 1, 5])
+    assert rows.typecode == "Q"
+    assert rows.tolist() == [
+        vectors.address,
+        vectors.address + 3 * each,
+        vectors.address + 4 * each,
+    ]
+    assert vectors.places([9]).tolist() == [vectors.address]
+
+
 def test_what_a_read_refuses_is_an_error() -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from vq import io_uring
+from vq.gather import IoVectors
 from vq.io_uring import Opcode, RequestRing
 from vq.testing.requirements import need_linux, unmet
 from vq.testing.served import wait_until
@@ -64,6 +65,20 @@ def test_requests_are_done_in_their_order_round_and_round(
         lengths = [len(text) for text in texts[1:]]
         assert requests.submit(8, count).tolist() == [*lengths, -errno.EAGAIN]
         assert [b.raw[:n] for b, n in zip(buffers, lengths, strict=False)] == texts[1:]
+    requests.close()
+
+
+def test_a_request_may_be_of_many_pieces(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE, Opcode.WRITEV)
+    texts = [b"in", b" ", b"pieces", b"alone", b"two", b"more"]
+    buffers = [ctypes.create_string_buffer(text, len(text)) for text in texts]
+    vectors = IoVectors(6)
+    vectors.put(0, [ctypes.addressof(b) for b in buffers], [len(b) for b in buffers])
+    requests.addresses[8:11] = vectors.places([3, 1, 2])
+    requests.lengths[8:11] = array("I", [3, 1, 2])
+    assert requests.submit(8, 3).tolist() == [9, 5, 7]
+    assert [far.recv(100) for _ in range(3)] == [b"in pieces", b"alone", b"twomore"]
     requests.close()
 
 

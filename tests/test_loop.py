@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -255,3 +256,84 @@ def test_no_timer_is_late_for_the_sake_of_looking(
     while not seen:
         loop.run_once()
     assert seen[0] <= due + LINGER / 100
+
+
+def test_in_dense_traffic_the_loop_does_not_look(
+    loop: Loop, clockwork: Clockwork, pipe: tuple[int, int]
+) -> None:
+    fd = pipe[0]
+    run_events(loop, clockwork, [(NEAR * number, fd) for number in range(4)])
+    loop.watch(fd, readable=loop.much_was_moved)
+    end = clockwork.now
+    run_events(loop, clockwork, [(end + NEAR * number, fd) for number in range(40)])
+    assert clockwork.looked <= 2 * LINGER  # for the first of them
+    loop.watch(fd, readable=lambda: None)
+    end = clockwork.now
+    run_events(loop, clockwork, [(end + NEAR * number, fd) for number in range(40)])
+    assert clockwork.looked >= 20 * NEAR
+
+
+def test_what_can_wait_is_done_at_once_where_traffic_is_not_dense(loop: Loop) -> None:
+    done: list[int] = []
+    loop.call_in_lull(lambda: done.append(1))
+    assert done == [1]
+    loop.run_once(0)
+    assert done == [1]
+
+
+def test_in_dense_traffic_what_can_wait_is_done_once_nothing_else_is_ready(
+    loop: Loop, pipe: tuple[int, int]
+) -> None:
+    read_end, write_end = pipe
+    done: list[str] = []
+
+    def readable() -> None:
+        os.read(read_end, 1)
+        done.append("read")
+
+    loop.watch(read_end, readable=readable)
+    loop.much_was_moved()
+    loop.call_in_lull(lambda: done.append("waited"))
+    os.write(write_end, b"12")
+    for _ in range(3):
+        loop.run_once(0)
+    assert done == ["read", "read", "waited"]
+    loop.run_once(0)
+    assert done == ["read", "read", "waited"]
+
+
+def test_what_can_wait_does_not_wait_for_ever(loop: Loop, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    turns = itertools.count()
+    done: list[int] = []
+
+    def readable() -> None:
+        next(turns)
+        loop.much_was_moved()
+
+    loop.watch(read_end, readable=readable)
+    os.write(write_end, b"1")
+    loop.much_was_moved()
+    for _ in range(2):
+        loop.call_in_lull(lambda: done.append(next(turns)))
+        for _ in range(100):
+            loop.run_once(0)
+            if done:
+                break
+        assert done.pop() <= 2 * vq.loop._LONGEST_WITHOUT_LULL
+
+
+def test_what_can_wait_may_be_put_off_again(loop: Loop) -> None:
+    loop.much_was_moved()
+    done: list[int] = []
+
+    def again() -> None:
+        done.append(len(done))
+        if len(done) < 3:
+            loop.much_was_moved()
+            loop.call_in_lull(again)
+
+    loop.call_in_lull(again)
+    for turn in range(1, 4):
+        loop.run_once(0)
+        assert done == list(range(turn))

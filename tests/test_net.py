@@ -990,6 +990,18 @@ def test_good_frames_before_a_bad_one_are_sent(memory: GuestMemory) -> None:
     assert_broken_then_mended(world, "5.1.6.2")
 
 
+def test_of_several_bad_frames_the_first_is_told(memory: GuestMemory) -> None:
+    """Past bug: it was the last of those that happened to come in one burst."""
+    world = World(memory)
+    guest = hostile(world)
+    for data in (PLAIN + FRAME, b"bad", b"worse", PLAIN + FRAME):
+        guest.offer(1, [guest.put(data)], kick=False)
+    guest.driver.kick(1)
+    fault = world.device.fault
+    assert isinstance(fault, DriverError) and fault.head == 1
+    assert_broken_then_mended(world, "5.1.6.2")
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_an_avail_index_that_jumps_needs_a_reset(memory: GuestMemory, index: int) -> None:
     """Past bug (firecracker 3149): avail index jumping ahead by more than the queue."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -275,19 +275,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize(
-    ("frames", "worked", "rested", "alone"),
-    [(1, 10, 30, True), (1, 10, 5, False), (2, 10, 30, False), (0, 10, 30, False)],
-    ids=["one, rested", "one, busy", "two", "none"],
+    ("turns", "worked", "rested", "expected"),
+    [
+        ([1], 10, 30, 1),
+        ([1], 10, 5, 0),
+        ([5, 1], 10, 30, 1),
+        ([2], 10, 30, 0),
+        ([2, 2], 10, 30, 2),
+        ([2, 2], 10, 5, 0),
+        ([2, 3], 10, 30, 0),
+        ([3, 2, 2], 10, 30, 2),
+        ([0], 10, 30, 0),
+        ([0, 0], 10, 30, 0),
+    ],
 )
-def test_frames_come_one_at_a_time_when_one_came_and_then_a_rest(
-    clock: Clock, frames: int, worked: int, rested: int, alone: bool
+def test_as_many_frames_are_expected_as_came_last_and_then_a_rest(
+    clock: Clock, turns: list[int], worked: int, rested: int, expected: int
 ) -> None:
     pace = Pace()
-    assert not pace.begin(), "nothing is known at the start"
-    clock.now += worked * 1e-6
-    pace.end(frames)
-    clock.now += rested * 1e-6
-    assert pace.begin() is alone
+    assert pace.begin() == 0, "nothing is known at the start"
+    for frames in turns:
+        pace.begin()
+        clock.now += worked * 1e-6
+        pace.end(frames)
+        clock.now += rested * 1e-6
+    assert pace.begin() == expected
 
 
 class Trickle:
@@ -337,10 +349,35 @@ def test_a_frame_that_comes_alone_is_the_guests_without_a_look_for_another(
 
 
 def test_frames_behind_one_another_are_read_in_bursts(trickle: Trickle, clock: Clock) -> None:
-    for _ in range(5):
-        trickle.turn(FRAME, FRAME, FRAME)
+    for count in (3, 4, 3, 5, 3):
+        trickle.turn(*[FRAME] * count)
         assert not trickle.link.port.incoming
         clock.now += REST
+
+
+def test_a_few_that_always_come_together_are_the_guests_without_a_look_for_another(
+    trickle: Trickle, clock: Clock
+) -> None:
+    """As acknowledgements do, of frames that the device sends so many at a time."""
+    for _ in range(2):
+        trickle.turn(FRAME, FRAME)
+        clock.now += REST
+    assert trickle.turn(FRAME, FRAME, FRAME) == 1
+    assert len(trickle.link.port.incoming) == 1 and trickle.watch.reading
+    trickle.turn()  # without a rest
+    assert not trickle.link.port.incoming
+
+
+def test_a_turn_ends_when_the_port_gives_few_at_a_time(trickle: Trickle) -> None:
+    """They are long: what the guest acknowledges is not to wait until all that comes was read."""
+    trickle.link.port.burst = 3
+    trickle.link.port.incoming.extend([(PLAIN, FRAME)] * 8)
+    counts = []
+    trickle.watch.readable()
+    while trickle.left:
+        counts.append(len(trickle.link.port.incoming))
+        trickle.world.device.notify(trickle.left.pop())
+    assert counts == [5, 2] and not trickle.link.port.incoming
 
 
 def test_a_port_that_keeps_frames_inside_is_read_to_the_end(trickle: Trickle, clock: Clock) -> None:
@@ -869,3 +906,34 @@ def test_a_locked_mac_with_offloads_and_many_buffers(
     driver = World(memory, link, lock_mac=True, mac=make_frame(b"")[:6]).drive(MRG)
     link.deliver(frame, header=tcp_header(1448).pack())
     assert b"".join(f.data[54:] for f in driver.receive()) == make_payload(50000)
+
+
+def test_calls_for_little_wait_for_a_lull_and_much_is_told(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Acknowledgements are small, and no guest waits until they are sent."""
+    world = World(memory, link)
+    guest = world.raw(features("CSUM"))
+    frame = NET_HDR.pack(HdrFlag.NEEDS_CSUM, 0, 0, 0, 14, 0, 0) + FRAME
+    device = world.device
+    guest.offer(1, [guest.put(frame)])  # the first call is always made
+    calls: list[int] = []
+    waiting: list[Callable[[], None]] = []
+    moved: list[int] = []
+    device.on_queue_call = calls.append
+    device.on_can_wait = waiting.append
+    device.on_much_moved = lambda: moved.append(1)
+    guest.offer(1, [guest.put(frame)])
+    assert not calls and len(waiting) == 1
+    waiting.pop()()
+    assert calls == [1] and not moved
+    guest.offer(1, [guest.put(frame + bytes(4000))])
+    assert calls == [1, 1] and not waiting and not moved
+    guest.offer(1, [guest.put(frame + bytes(20000))])
+    assert calls == [1, 1, 1] and moved == [1]
+    for _ in range(16):
+        link.port.incoming.append((PLAIN, ethernet(bytes(1486))))
+        guest.offer(0, writable=[guest.room(1600)], kick=False)
+    guest.driver.kick(0)
+    device.notify(0)
+    assert moved == [1, 1] and calls == [1, 1, 1, 0]

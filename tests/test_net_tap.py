@@ -51,7 +51,7 @@ from vq.offload import (
     tun_offloads,
 )
 from vq.tap_linux import LinuxTap
-from vq.testing.requirements import need_program
+from vq.testing.requirements import need_program, unmet
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +163,31 @@ def test_buffers_of_every_kind_carry_everything(
         assert guest.dropped() == {}
         assert host.ports[0].longest_plain == mtu + 14 if not takes else "TCPV4" in host.given
         assert (guest.largest_count > 1) == (mergeable and (takes or mtu > 2048))
+
+
+@pytest.mark.parametrize("most_at_once", [1 << 20, 5], ids=["", "full now and then"])
+@pytest.mark.parametrize("features", [NET_DRIVER_FEATURES, NOTHING], ids=["all", "no offloads"])
+def test_frames_in_indirect_tables_are_fetched_by_the_kernel_itself(
+    features: int, most_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All headers in the first buffer, as Linux guests have them; the kernel judges what comes."""
+    monkeypatch.setattr("vq.net._WORTH_PLACES", 1)
+    monkeypatch.setattr("vq.net._WORTH_A_BATCH", 1000)  # short ones are not copied
+    monkeypatch.setattr("vq.net_transmit._DETOUR", 0)
+    driver = {"transmit_layout": Layout(90, pieces=3, indirect=True)}
+    with world(features, driver=driver) as (guest, host):
+        port = host.ports[0]
+        if port.outbox is None:
+            unmet("this kernel has no io_uring for us")
+        port.most_at_once = most_at_once
+        with flows(*ADDRESSES, *ADDRESSES):
+            frames_soon(guest, 500)
+        exchange()
+        assert guest.dropped() == {} and not port.dropped
+        written = sum(port.written.values())
+        assert port.in_place > (written // 2 if most_at_once > 5 else written // 20)
+        kinds_sent = kinds(known_to_kernel(host_offloads(guest.driver.features), host))
+        assert set(port.written) == set(guest.sent) == kinds_sent
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import random
 from array import array
 from collections import deque
@@ -32,7 +33,8 @@ from vq.abi import Feature
 from vq.driver import DriverRing, GuestAllocator
 from vq.errors import DriverError
 from vq.memory import GuestMemory
-from vq.split_ring import Chain, Run, SplitRing
+from vq.ring_run import Run, TableRun
+from vq.split_ring import Chain, SplitRing
 
 INDIRECT = 1 << Feature.INDIRECT_DESC
 EVENT_IDX = 1 << Feature.EVENT_IDX
@@ -300,6 +302,46 @@ class RingMachine(RuleBasedStateMachine):
         self.held += popped
         self.last_popped = (self.last_popped if not written else []) + popped
         assert not run
+
+    @rule(limit=st.sampled_from([1, 2, 3, 64]), use=st.integers(0, 4))
+    def device_pops_tables(self, limit: int, use: int) -> None:
+        """Chains of readable buffers in tables of their own, likewise."""
+        self.device_sleeps = False
+        slot = self.device._next_avail & (self.device.size - 1)
+        free = not self.device._undone and not self.device._order
+        run = TableRun(self.device)
+        count = run.pop(limit)
+        expected = self.waiting[: min(limit, self.device.size - slot)] if free else []
+        usual = itertools.takewhile(self.is_in_one_table, expected)
+        assert count in (0, len(list(usual))) and count == len(run) == len(run.counts)
+        at = 0
+        popped = []
+        for index in range(count):
+            token = self.waiting.pop(0)
+            sent = self.sent[token]
+            assert run.heads[index] == sent.head
+            pieces = slice(at, at + run.counts[index])
+            places = zip(run.addresses[pieces], run.lengths[pieces], strict=True)
+            assert b"".join(ctypes.string_at(*place) for place in places) == sent.readable
+            at = pieces.stop
+            self.order.append(token)
+            if index < use:
+                self.give_back(token, 0)
+            else:
+                popped.append(token)
+        assert at == len(run.addresses) == len(run.lengths)
+        run.give_back(min(use, count))
+        chains = run.to_chains()
+        assert not run and not run.addresses and not run.lengths and not run.counts
+        pairs = list(zip(popped, chains, strict=True))
+        for token, chain in pairs:
+            assert b"".join(map(bytes, chain.readable)) == self.sent[token].readable
+        self.held += pairs
+        self.last_popped = (self.last_popped if not min(use, count) else []) + pairs
+
+    def is_in_one_table(self, token: int) -> bool:
+        sent = self.sent[token]
+        return not sent.bad and not sent.writable and sent.costs == 1
 
     def is_usual(self, token: int, writable: bool) -> bool:
         sent = self.sent[token]

@@ -14,95 +14,32 @@ from typing import ClassVar
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ring_guest import (
+    AVAIL,
+    BUFFERS,
+    DESC,
+    EVENT_IDX,
+    HOLE,
+    IN_ORDER,
+    INDIRECT,
+    LAYOUT,
+    NEXT,
+    RAM,
+    SEAM,
+    TABLE,
+    THIRD,
+    TOP,
+    USED,
+    WRITE,
+    Guest,
+    Notes,
+    fill_singles,
+)
 
 import vq.split_ring
-from vq.abi import Feature
 from vq.errors import DriverError, UsageError
-from vq.memory import DirtyLog, GuestMemory, address_of
-from vq.split_ring import Chain, Run, SplitRing
-
-INDIRECT = 1 << Feature.INDIRECT_DESC
-EVENT_IDX = 1 << Feature.EVENT_IDX
-IN_ORDER = 1 << Feature.IN_ORDER
-NEXT, WRITE, TABLE = 1, 2, 4  # virtio 1.3, 2.7.5
-
-TOP = 1 << 64
-# Two regions side by side, a hole, a third, and one at the very end of the address space.
-LAYOUT = ((0, 0x10000), (0x10000, 0x10000), (0x40000, 0x10000), (TOP - 0x10000, 0x10000))
-SEAM, HOLE, THIRD = 0x10000, 0x20000, 0x40000
-RAM = ((0, 0x20000), (0x40000, 0x50000), (TOP - 0x10000, TOP))
-
-DESC, AVAIL, USED = 0x1000, 0x2000, 0x3000
-BUFFERS = 0x8000
-
-
-class Guest:
-    """The driver's side by hand: descriptors, available entries, and a look at what was used."""
-
-    def __init__(self, memory: GuestMemory, size: int = 8, start: int = 0) -> None:
-        self.memory = memory
-        self.size = size
-        self.places = [DESC, AVAIL, USED]
-        if size > 256:
-            self.places = [0, 0x80000, 0xA0000]
-        self.start = start
-        self.offered = start
-        self.seen = start
-        self.memory.write(self.places[1], struct.pack("<HH", 0, start))
-        self.memory.write(self.places[2], struct.pack("<HH", 0, start))
-
-    def ring(self, features: int = 0, **more: object) -> SplitRing:
-        more.setdefault("next_avail", self.start)
-        more.setdefault("next_used", self.start)
-        return SplitRing(self.memory, self.size, *self.places, features=features, **more)  # type: ignore[arg-type]
-
-    def desc(self, index: int, gpa: int, length: int, flags: int = 0, following: int = 0) -> None:
-        self.memory.write(
-            self.places[0] + 16 * index, struct.pack("<QIHH", gpa, length, flags, following)
-        )
-
-    def table(self, gpa: int, *descriptors: tuple[int, int, int, int]) -> int:
-        """An indirect table at `gpa`; returns its length in bytes."""
-        self.memory.write(gpa, b"".join(struct.pack("<QIHH", *d) for d in descriptors))
-        return 16 * len(descriptors)
-
-    def offer(self, *heads: int) -> None:
-        for head in heads:
-            slot = self.offered % self.size
-            self.memory.write(self.places[1] + 4 + 2 * slot, struct.pack("<H", head))
-            self.offered = (self.offered + 1) % 65536
-        self.memory.write(self.places[1] + 2, struct.pack("<H", self.offered))
-
-    def used(self) -> list[tuple[int, int]]:
-        """The elements that used.idx has passed since this was last asked."""
-        elements = []
-        while self.seen != self.used_idx:
-            place = self.places[2] + 4 + 8 * (self.seen % self.size)
-            elements.append(struct.unpack("<II", self.memory.read(place, 8)))
-            self.seen = (self.seen + 1) % 65536
-        return elements
-
-    @property
-    def used_idx(self) -> int:
-        return int.from_bytes(self.memory.read(self.places[2] + 2, 2), "little")
-
-    @property
-    def used_flags(self) -> int:
-        return int.from_bytes(self.memory.read(self.places[2], 2), "little")
-
-    @property
-    def avail_event(self) -> int:
-        place = self.places[2] + 4 + 8 * self.size
-        return int.from_bytes(self.memory.read(place, 2), "little")
-
-    def want_calls(self, *, flags: int = 0, used_event: int = 0) -> None:
-        self.memory.write(self.places[1], struct.pack("<H", flags))
-        self.memory.write(self.places[1] + 4 + 2 * self.size, struct.pack("<H", used_event))
-
-    def all_but_the_used_ring(self) -> list[bytes]:
-        contents = [bytearray(region.view) for region in self.memory.regions]
-        contents[0][USED : USED + 6 + 8 * self.size] = bytes(6 + 8 * self.size)
-        return [bytes(content) for content in contents]
+from vq.memory import DirtyLog, GuestMemory
+from vq.split_ring import Chain, SplitRing
 
 
 @pytest.fixture
@@ -138,12 +75,6 @@ def sizes(chain: Chain) -> tuple[list[int], list[int]]:
 
 def heads(chains: Iterable[Chain]) -> list[int]:
     return [chain.head for chain in chains]
-
-
-def fill_singles(guest: Guest, *, flags: int = WRITE, length: int = 16) -> None:
-    """Every descriptor a chain of its own, with a buffer of its own."""
-    for index in range(guest.size):
-        guest.desc(index, BUFFERS + 32 * index, length, flags)
 
 
 # --- golden bytes --------------------------------------------------------------------------------
@@ -1284,37 +1215,6 @@ def test_a_chain_offered_again_too_early_is_put_back_like_any_other(guest: Guest
 # --- chains of an earlier device -----------------------------------------------------------------
 
 
-class Notes:
-    """An `InflightLog` that keeps every call, with used.idx as the driver sees it then."""
-
-    def __init__(self, guest: Guest) -> None:
-        self.guest = guest
-        self.calls: list[tuple[object, ...]] = []
-
-    def popped(self, heads: Iterable[int]) -> None:
-        self.calls.append(("popped", *heads))
-
-    def unpopped(self, heads: Iterable[int]) -> None:
-        self.calls.append(("unpopped", *heads))
-
-    def publishing(self, heads: Sequence[int], used_idx: int) -> None:
-        # The elements are in place and not seen yet.
-        assert self.guest.used_idx == (used_idx - len(heads)) % 65536
-        for number, head in enumerate(heads):
-            slot = (used_idx - len(heads) + number) % self.guest.size
-            place = self.guest.places[2] + 4 + 8 * slot
-            assert int.from_bytes(self.guest.memory.read(place, 4), "little") == head
-        self.calls.append(("publishing", *heads, used_idx))
-
-    def published(self, heads: Sequence[int], used_idx: int) -> None:
-        assert self.guest.used_idx == used_idx
-        self.calls.append(("published", *heads, used_idx))
-
-    def take(self) -> list[tuple[object, ...]]:
-        calls, self.calls = self.calls, []
-        return calls
-
-
 @pytest.mark.parametrize("features", [0, IN_ORDER])
 def test_the_inflight_log_hears_of_every_step_in_order(memory: GuestMemory, features: int) -> None:
     guest = Guest(memory, 8, start=0xFFFE)
@@ -1688,225 +1588,3 @@ def test_features_decide_which_wish_counts(
         guest.want_calls(flags=flags_or_event, used_event=1)
     used_up(guest, ring, 1)
     assert ring.should_notify() == wanted
-
-
-# --- chains as columns ---------------------------------------------------------------------------
-
-EDGES = (0, 1, 0xFFF, 0x1000, 0x7FFF, 0x8000, 0x8FFF, 0x9000, 1 << 63, (1 << 64) - 1)
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    descriptors=st.lists(
-        st.tuples(
-            st.sampled_from(EDGES) | st.integers(0x100, 0x7F00),
-            st.sampled_from((0, 1, 0x1000, 0xFFFFFFFF)) | st.integers(1, 0x200),
-            st.sampled_from((0, 0, 0, WRITE, WRITE, WRITE, NEXT, TABLE, 0x8000, NEXT | WRITE)),
-            st.integers(0, 0xFFFF),
-        ),
-        min_size=8,
-        max_size=8,
-    ),
-    heads=st.permutations(range(8)) | st.lists(st.integers(0, 9), min_size=1, max_size=8),
-    same=st.sampled_from((None, 0, WRITE)),
-    start=st.sampled_from((0, 3, 0xFFFE)),
-    limit=st.integers(1, 9),
-    writable=st.booleans(),
-)
-def test_a_run_takes_only_what_would_pass_as_chains(
-    descriptors: list[tuple[int, int, int, int]],
-    heads: list[int],
-    same: int | None,
-    start: int,
-    limit: int,
-    writable: bool,
-) -> None:
-    """And it takes the same buffers; where it takes nothing it leaves no trace."""
-    with GuestMemory.allocate((0, 0x8000), (0x8000, 0x1000), (0x10000, 0x1000)) as memory:
-        for index, (address, length, flags, following) in enumerate(descriptors):
-            fields = address, length, flags if same is None else same, following
-            memory.write(0x10000 + 16 * index, struct.pack("<QIHH", *fields))
-        for number, head in enumerate(heads):
-            slot = (start + number) % 8
-            memory.write(0x10100 + 4 + 2 * slot, struct.pack("<H", head))
-        memory.store16(0x10102, (start + len(heads)) & 0xFFFF)
-        rings = [
-            SplitRing(
-                memory,
-                8,
-                0x10000,
-                0x10100,
-                0x10200,
-                features=INDIRECT,
-                next_avail=start,
-                next_used=start,
-            )
-            for _ in range(2)
-        ]
-        run = Run(rings[0], writable=writable)
-        count = run.pop(limit)
-        assert len(run) == count == rings[0].outstanding <= limit
-        assert rings[0].next_avail == (start + count) & 0xFFFF
-        if not count:
-            return
-        chains = rings[1].pop_burst(count)
-        assert [chain.head for chain in chains] == run.heads.tolist()
-        buffers = [chain.writable if writable else chain.readable for chain in chains]
-        assert not any(chain.readable if writable else chain.writable for chain in chains)
-        places = [(address_of(views[0]), len(views[0])) for views in buffers if len(views) == 1]
-        assert places == list(zip(run.addresses, run.lengths, strict=True))
-        assert min(run.lengths) >= run.shortest
-
-
-@pytest.mark.parametrize("count", [1, 2, 14])
-@pytest.mark.parametrize("at", ["first", "last"])
-@pytest.mark.parametrize(
-    "odd",
-    [
-        (0x8000, 16, WRITE),  # in another region
-        (0x7FF0, 17, WRITE),  # over the region's end
-        (0x1000, 0xFFFFFFFF, WRITE),
-        (0x0FFF, 16, WRITE),
-        ((1 << 64) - 8, 16, WRITE),  # wraps around
-        ((1 << 63) + 0x1000, 16, WRITE),
-        (0x2000, 0, WRITE),
-        (0x2000, 16, 0),
-        (0x2000, 16, WRITE | NEXT),
-        (0x2000, 16, WRITE | 0x8000),
-    ],
-)
-def test_one_unusual_buffer_keeps_a_run_from_taking_any(
-    odd: tuple[int, int, int], at: str, count: int
-) -> None:
-    """Alone, beside another, and in a crowd; here nothing else is wrong."""
-    with GuestMemory.allocate((0x1000, 0x7000), (0x8000, 0x1000), (0x10000, 0x1000)) as memory:
-        guest = Guest(memory, size=16)
-        guest.places = [0x10000, 0x10100, 0x10200]
-        for head in range(16):
-            guest.desc(head, 0x1000 + 0x100 * head, 16, WRITE)
-        ring = guest.ring()
-        run = Run(ring, writable=True)
-        guest.offer(0)
-        assert run.pop(16) == 1  # what is held is in this region, and so must others be
-        guest.desc(1 if at == "first" else count, *odd)
-        guest.offer(*range(1, count + 1))
-        assert run.pop(16) == 0 and len(run) == len(run.lengths) == ring.outstanding == 1
-        guest.desc(1 if at == "first" else count, 0x1000, 16, WRITE)
-        assert run.pop(16) == count
-
-
-def test_usual_chains_are_taken_as_columns(guest: Guest) -> None:
-    """The short way is not there in vain: a driver's usual buffers go it, also out of turn."""
-    ring = guest.ring()
-    for head in range(8):
-        guest.desc(head, SEAM - 0x100 - 0x10 * head, 16, WRITE, 5)
-    guest.offer(3, 1, 2, 0)
-    run = Run(ring, writable=True)
-    assert run.pop(3) == 3 and run.heads.tolist() == [3, 1, 2]
-    assert run.pop(3) == 1 and run.heads.tolist() == [3, 1, 2, 0]
-    assert run.addresses[0] - run.addresses[3] == -0x30
-    run.view(1)[:] = b"second in region"
-    assert guest.memory.read(SEAM - 0x110, 16) == b"second in region"
-    run.give_back([16, 4])
-    assert run.heads.tolist() == [2, 0]
-    assert ring.publish() == 2 and guest.used() == [(3, 16), (1, 4)]
-    assert [chain.head for chain in run.to_chains()] == [2, 0] and not run
-    assert ring.outstanding == 2
-
-
-def test_a_run_may_lie_in_any_region_but_in_one_only(guest: Guest) -> None:
-    ring = guest.ring()
-    for head, gpa in enumerate((BUFFERS, THIRD, THIRD + 0x100, BUFFERS)):
-        guest.desc(head, gpa, 16)
-    run = Run(ring, writable=False)
-    guest.offer(0)
-    assert run.pop(8) == 1
-    guest.offer(1, 2)
-    assert run.pop(8) == 0  # while the first is held
-    run.give_back([0])
-    assert run.pop(8) == 2 and bytes(run.memory) == bytes(guest.memory.region_at(THIRD).view)
-    guest.offer(3)
-    assert run.pop(8) == 0
-    assert [chain.head for chain in (*run.to_chains(), *ring.pop_burst(8))] == [1, 2, 3]
-
-
-def test_what_a_run_wrote_is_marked_dirty() -> None:
-    with GuestMemory.allocate((0, 0x10000)) as memory:
-        guest = Guest(memory)
-        bitmap = bytearray(2)
-        memory.dirty_log = DirtyLog(bitmap)
-        guest.desc(0, 0x9000, 0x2000, WRITE)
-        guest.desc(1, 0xC000, 16, WRITE)
-        guest.offer(0, 1)
-        run = Run(guest.ring(), writable=True)
-        assert run.pop(2) == 2
-        bitmap[:] = bytes(2)
-        run.give_back([0x1001, 0])
-        assert bitmap[1] == 0b0000110
-
-
-def test_a_run_stands_in_the_inflight_log() -> None:
-    with GuestMemory.allocate((0, 0x10000)) as memory:
-        guest = Guest(memory)
-        notes = Notes(guest)
-        for head in range(3):
-            guest.desc(head, 0x9000, 16, WRITE)
-        guest.offer(0, 1, 2)
-        ring = guest.ring(inflight_log=notes)
-        run = Run(ring, writable=True)
-        run.pop(3)
-        run.give_back([1, 2])
-        ring.publish()
-        ring.undo_pop(run.to_chains())
-        assert notes.take() == [
-            ("popped", 0, 1, 2),
-            ("publishing", 0, 1, 2),
-            ("published", 0, 1, 2),
-            ("unpopped", 2),
-        ]
-
-
-@pytest.mark.parametrize("heads", [(1, 2), (2, 0), (2,)])
-def test_a_run_takes_no_head_that_is_in_use(guest: Guest, heads: tuple[int, ...]) -> None:
-    """Whether a chain or the run itself has it."""
-    fill_singles(guest)
-    ring = guest.ring()
-    run = Run(ring, writable=True)
-    guest.offer(2)
-    assert run.pop(8) == 1
-    guest.offer(*heads)
-    assert run.pop(8) == 0 and run.heads.tolist() == [2]
-    run.to_chains()
-    assert run.pop(8) == 0
-    if heads[0] != 2:
-        assert [chain.head for chain in ring.pop_burst(8)] == [heads[0]]
-    with pytest.raises(DriverError, match="in use"):
-        ring.pop_burst(8)
-
-
-@pytest.mark.parametrize("heads", [(1, 1), (3, 1, 3)])
-def test_a_run_takes_no_head_twice(guest: Guest, heads: tuple[int, ...]) -> None:
-    fill_singles(guest)
-    ring = guest.ring()
-    guest.offer(*heads)
-    assert Run(ring, writable=True).pop(8) == 0 and ring.outstanding == 0
-    assert len(ring.pop_burst(8)) == len(heads) - 1
-    with pytest.raises(DriverError, match="in use"):
-        ring.pop_burst(8)
-
-
-def test_in_order_a_run_takes_nothing_before_older_chains_are_back(guest: Guest) -> None:
-    fill_singles(guest)
-    ring = guest.ring(IN_ORDER)
-    run = Run(ring, writable=True)
-    guest.offer(0, 1, 2)
-    (oldest,) = ring.pop_burst(1)
-    assert run.pop(8) == 0
-    ring.write_used(oldest)
-    assert run.pop(1) == 1
-    (chain,) = run.to_chains()
-    assert run.pop(8) == 0
-    assert run.adopt([chain]) and run.pop(8) == 1
-    run.give_back([0, 0])
-    ring.publish()
-    assert guest.used() == [(0, 0), (1, 0), (2, 0)]

@@ -29,10 +29,10 @@ from vq import tap_linux
 from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.gather import IoVectors
-from vq.link import MAX_FRAME, Frame, Outbox, Places, Port
+from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Outbox, Places, Port
 from vq.offload import ALL, Offload, legal_tun_flags
 from vq.tap import open_tap
-from vq.tap_linux import LinuxTap
+from vq.tap_linux import LinuxTap, LinuxTapPort
 from vq.testing.requirements import unmet
 
 T = TypeVar("T")
@@ -1078,6 +1078,225 @@ def test_memory_that_is_not_there_is_an_error_and_nothing_is_sent(tap: LinuxTap)
         outbox.take(addresses, array("I", [64, 64]), 128)
 
 
+# --- frames in several pieces, many at a time ----------------------------------------------------
+
+NOWHERE = 1 << 12  # no process has memory there
+
+
+def send_in_place(
+    outbox: Outbox, frames: Sequence[Frame], *, missing: tuple[int, int] | None = None
+) -> int:
+    """Has the outbox send frames whose first pieces are private and the others anywhere.
+
+    The piece ``missing[1]`` of the frame ``missing[0]`` is not in this process' memory.
+    """
+    kept, addresses, lengths = [], [], []
+    for number, (start, *pieces) in enumerate(frames):
+        room = START_ROOM * number
+        outbox.starts[room : room + len(start)] = bytes(start)
+        addresses.append(outbox.starts_address + room)
+        kept += [ctypes.create_string_buffer(bytes(piece), len(piece)) for piece in pieces]
+        addresses += map(ctypes.addressof, kept[len(kept) - len(pieces) :])
+        lengths += map(len, (start, *pieces))
+        if missing is not None and missing[0] == number:
+            addresses[missing[1] - 1 - len(pieces)] = NOWHERE
+    return outbox.send_in_place(addresses, lengths, [len(frame) for frame in frames])
+
+
+def cut_up(data: bytes, *places: int) -> list[bytes]:
+    return [data[a:b] for a, b in itertools.pairwise((0, *places, len(data)))]
+
+
+@needs_tap
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
+def test_a_burst_of_frames_in_pieces_arrives_in_its_order(
+    namespace: str, tap: LinuxTap, count: int
+) -> None:
+    """Again and again, with other numbers of pieces and of frames, and with others in between."""
+    outbox = outbox_of(tap)
+    with udp_socket(namespace) as endpoint:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        port = endpoint.getsockname()[1]
+        for turn in range(8):
+            texts = [b"%d of %d %s" % (n, turn, b"x" * (n * turn)) for n in range(count - turn % 2)]
+            frames = []
+            for n, text in enumerate(texts):
+                frame = udp(5000, port, text)
+                places = sorted({1 + (n * turn + 7 * k) % (len(frame) - 1) for k in range(turn)})
+                frames.append([PLAIN, *cut_up(frame, *places)])
+            if frames:
+                assert send_in_place(outbox, frames) == len(frames)
+            assert [endpoint.recv(2000) for _ in texts] == texts
+            assert outbox.send(take(outbox, [PLAIN + udp(5000, port, b"between")] * 2)) == 2
+            assert [endpoint.recv(2000) for _ in range(2)] == [b"between"] * 2
+    assert not tap.ports[0].dropped
+
+
+@needs_tap
+def test_the_most_pieces_that_an_outbox_is_given_arrive(namespace: str, tap: LinuxTap) -> None:
+    outbox = outbox_of(tap)
+    each = MOST_PIECES // MOST_AT_ONCE
+    with udp_socket(namespace) as endpoint:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        port = endpoint.getsockname()[1]
+        texts = [b"%d " % n * 40 for n in range(MOST_AT_ONCE)]
+        for text in texts:
+            assert len(text) > each
+        frames = [
+            [PLAIN, *cut_up(udp(5000, port, text), *range(10, 10 + each - 2))] for text in texts
+        ]
+        assert sum(map(len, frames)) == MOST_PIECES
+        assert send_in_place(outbox, frames) == MOST_AT_ONCE
+        assert [endpoint.recv(2000) for _ in texts] == texts
+
+
+@needs_tap
+def test_frames_in_pieces_that_the_kernel_refuses_are_counted(
+    namespace: str, tap: LinuxTap
+) -> None:
+    outbox = outbox_of(tap)
+    bad = NET_HDR.pack(0, 0x77, 0, 0, 0, 0, 0)
+    beyond = NET_HDR.pack(HdrFlag.NEEDS_CSUM, 0, 0, 0, 60000, 6, 0)
+    with udp_socket(namespace) as endpoint:
+        good = cut_up(udp(5000, endpoint.getsockname()[1], b"good"), 20, 30)
+        frames: list[Frame] = [[bad, *good], [PLAIN, *good], [beyond, *good], [PLAIN, *good]]
+        assert send_in_place(outbox, frames) == 4
+        assert [endpoint.recv(100), endpoint.recv(100)] == [b"good"] * 2
+    assert tap.ports[0].dropped == {"bad header": 2}
+    tap.set_up(False)
+    assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 3
+    assert tap.ports[0].dropped == {"bad header": 2, "interface down": 3}
+
+
+@needs_tap
+@pytest.mark.parametrize(
+    ("answers", "dealt_with", "dropped"),
+    [
+        ([86, 86, -errno.EAGAIN, -errno.EAGAIN], 2, {}),
+        ([-errno.EAGAIN] * 4, 0, {}),
+        ([86, -errno.EAGAIN, 86, -errno.EAGAIN], 3, {"full": 1}),
+        ([-errno.ENOMEM, 86, -errno.ENOBUFS, 86], 4, {"no memory": 2}),
+        ([12 + MAX_FRAME, 86, 12 + MAX_FRAME, 86], 4, {}),
+        ([86, 86], 2, {}),  # the kernel would not start more
+    ],
+)
+def test_what_a_full_tap_did_not_take_in_pieces_is_left_with_the_caller(
+    tap: LinuxTap,
+    answers: list[int],
+    dealt_with: int,
+    dropped: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outbox = outbox_of(tap)
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
+    assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 4) == dealt_with
+    assert tap.ports[0].dropped == dropped
+
+
+@needs_tap
+def test_a_queue_that_is_really_full_takes_the_first_frames() -> None:
+    """A socket with a limited send buffer is in the tap's place: whether a tap's is full depends on
+    the host's network."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with near, far:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        near.setblocking(False)
+        far.setblocking(False)
+        port = LinuxTapPort(near.fileno(), lambda: None)
+        if port.outbox is None:
+            unmet("this kernel has no io_uring for us")
+        frames: list[Frame] = [[PLAIN, b"%14d" % n, bytes(n)] for n in range(1, 129)]
+        sent = send_in_place(port.outbox, frames)
+        assert 0 < sent < 128
+        for start, *pieces in frames[:sent]:
+            assert far.recv(1000) == bytes(start) + b"".join(pieces)
+        with pytest.raises(BlockingIOError):
+            far.recv(1000)
+        assert send_in_place(port.outbox, frames[sent : sent + 1]) == 1
+        assert not port.dropped
+        port.close()
+
+
+@needs_tap
+@pytest.mark.parametrize("missing", [(0, 1), (1, 2), (2, 1)])
+def test_pieces_that_are_not_there_are_an_error(
+    namespace: str, tap: LinuxTap, missing: tuple[int, int]
+) -> None:
+    """As when a guest's file was cut short; a signal would end the process."""
+    outbox = outbox_of(tap)
+    with udp_socket(namespace) as endpoint:
+        port = endpoint.getsockname()[1]
+        frames = [[PLAIN, *cut_up(udp(5000, port, b"%d" % n), 20)] for n in range(3)]
+        with pytest.raises(OSError, match="Bad address"):
+            send_in_place(outbox, frames, missing=missing)
+        whole = [b"%d" % n for n in range(3) if n != missing[0]]
+        assert [endpoint.recv(100) for _ in whole] == whole
+        assert send_in_place(outbox, frames) == 3, "the outbox is still good"
+        assert [endpoint.recv(100) for _ in frames] == [b"0", b"1", b"2"]
+
+
+@needs_tap
+def test_a_deleted_tap_is_an_error_for_frames_in_pieces_too(namespace: str, tap: LinuxTap) -> None:
+    outbox = outbox_of(tap)
+    ip("-n", namespace, "link", "del", tap.name)
+    with pytest.raises(OSError, match="the tap is gone"):
+        send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]])
+
+
+@needs_tap
+def test_a_detached_queue_drops_frames_in_pieces(namespace: str) -> None:
+    with closing(LinuxTap("tl%d", namespace=namespace, queues=2)) as tap:
+        outbox = tap.ports[1].outbox
+        if outbox is None:
+            unmet("this kernel has no io_uring for us")
+        tap.activate_ports(1)
+        assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 3
+        assert tap.ports[1].dropped == {"inactive": 3}
+
+
+@needs_tap
+def test_where_io_uring_is_forbidden_later_on_frames_in_pieces_are_left_with_the_caller(
+    tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> list[int]:
+        raise PermissionError(errno.EPERM, "io_uring: not permitted")
+
+    outbox, port = outbox_of(tap), tap.ports[0]
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
+    assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 0
+    assert port.outbox is None and not port.dropped
+
+
+class TalkInPlace(Talk):
+    """Sends in place: all headers private, the data in many pieces."""
+
+    def send(self, flags: int, data: bytes = b"", mss: int = 0) -> None:
+        header, frame = tcp(self.PORTS, self.sequence, self.acked, flags, data, mss=mss)
+        assert self.port.outbox is not None
+        pieces = cut_up(frame[54:], *range(4096, len(frame) - 54, 4096))
+        whole = [header + frame[:54], *(piece for piece in pieces if piece)]
+        assert send_in_place(self.port.outbox, [whole]) == 1
+        assert not self.port.dropped
+        self.sequence += len(data)
+
+
+@needs_tap
+def test_the_kernel_segments_what_it_fetched_in_place(namespace: str, tap: LinuxTap) -> None:
+    outbox_of(tap)
+    with closing(TalkInPlace(namespace, tap)) as talk:
+        data = os.urandom(60000)
+        talk.send(0x18, data, mss=1400)
+        got = b""
+        while len(got) < len(data):
+            got += talk.peer.recv(len(data))
+        assert got == data
+    assert snmp(namespace, "Tcp", "InCsumErrors") == 0
+    assert snmp(namespace, "Tcp", "InErrs") == 0
+
+
+# --- short frames to a guest, many at a time -----------------------------------------------------
+
+
 @needs_tap
 def test_short_frames_are_read_in_their_order_many_at_a_time(namespace: str, tap: LinuxTap) -> None:
     outbox_of(tap)
@@ -1213,6 +1432,17 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
     assert [len(frame) - 54 for frame in room.got] == [10, 700, 958, 20]
     assert room.got[1][54:] == b"\xbc" * 700
     assert port.dropped == {"too long": 1} and port.longest == 3022
+
+
+@needs_tap
+def test_long_frames_are_best_read_few_at_a_time(namespace: str, tap: LinuxTap) -> None:
+    port, room = tap.ports[0], PlacesOfAnySize()
+    assert port.burst == 64
+    tap.set_mtu(40000)
+    with udp_socket(namespace) as sender:
+        for size, burst in ((20, 64), (20000, 3), (16000, 64), (30000, 3), (30, 64)):
+            sender.sendto(bytes(size), (OURS, 7000))
+            assert port.read_burst(room, 1) == 1 and port.burst == burst
 
 
 @needs_tap

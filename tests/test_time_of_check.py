@@ -18,7 +18,17 @@ from contextlib import contextmanager
 
 import pytest
 from net_frames import make_frame, make_payload
-from net_world import OUR_MAC, PLAIN, RawGuest, ScriptedLink, World, features, tcp_header
+from net_world import (
+    OUR_MAC,
+    PLAIN,
+    RawGuest,
+    ScriptedLink,
+    ScriptedOutbox,
+    World,
+    features,
+    frames_by_address,
+    tcp_header,
+)
 
 from vq.abi import Feature, ring_layout
 from vq.driver import GuestBuffer
@@ -39,6 +49,14 @@ GUARD = 0xC3
 def memory() -> Iterator[GuestMemory]:
     with GuestMemory.allocate((0x1000, 1 << 20)) as memory:
         yield memory
+
+
+@pytest.fixture(params=[False, True], ids=["", "in place"])
+def in_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Frames go the plain way, or are fetched by the link where they lie."""
+    with frames_by_address() if request.param else contextlib.nullcontext():
+        monkeypatch.setattr("vq.net._WORTH_A_BATCH", 1000)
+        yield request.param
 
 
 @contextmanager
@@ -94,6 +112,12 @@ class KeepingLink(ScriptedLink):
             self.starts.append((header, bytes(frame[1])))
 
 
+def fetched(link: ScriptedLink) -> bool:
+    """Whether the link took frames in place."""
+    outbox = link.port.outbox
+    return isinstance(outbox, ScriptedOutbox) and outbox.in_place > 0
+
+
 HEADERS = (
     PLAIN,
     tcp_header(1000).pack(),
@@ -109,7 +133,7 @@ HEADERS = (
     "accepts", [Offload.NONE, Offload.CSUM, Offload.CSUM | Offload.TSO4], ids=["", "csum", "tso"]
 )
 def test_the_net_header_that_was_checked_is_the_one_that_is_used(
-    memory: GuestMemory, accepts: Offload
+    memory: GuestMemory, accepts: Offload, in_place: bool
 ) -> None:
     link = KeepingLink(accepts)
     world = World(memory, link)
@@ -133,10 +157,11 @@ def test_the_net_header_that_was_checked_is_the_one_that_is_used(
     if accepts & Offload.TSO4:
         permitted.add(tcp_header(1000).pack())
     assert link.headers <= permitted
+    assert fetched(link) == (in_place and bool(accepts & Offload.TSO4))
 
 
 def test_the_headers_of_a_frame_to_be_segmented_are_those_that_were_checked(
-    memory: GuestMemory,
+    memory: GuestMemory, in_place: bool
 ) -> None:
     """IP and TCP headers alternate between sound ones and lies of every kind."""
     link = KeepingLink(Offload.CSUM | Offload.TSO4)
@@ -164,6 +189,7 @@ def test_the_headers_of_a_frame_to_be_segmented_are_those_that_were_checked(
             packet = parse([first + bytes(3000)])
             assert (len(first), packet.l4_offset, packet.l4_protocol) == (54, 34, 6)
             assert packet.reason is None and packet.l3_end == 3054
+    assert fetched(link) == in_place
 
 
 def test_a_locked_source_address_is_the_one_that_is_sent(memory: GuestMemory) -> None:

@@ -1,7 +1,11 @@
-"""The short way through `check_frame` for usual TCP frames says what the long way says."""
+"""The short ways for usual frames say what the long way says: the one through `check_frame` for TCP
+frames, and `usual_start`, which has only a frame's first bytes."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import struct
 from collections.abc import Callable
 
@@ -10,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vq import software
-from vq.abi import NET_HDR
+from vq.abi import NET_HDR, NET_HDR_SIZE
 from vq.offload import ALL, Offload
-from vq.software import HeaderLie, check_frame
+from vq.software import MOST_OF_START, PLAIN_HEADER, HeaderLie, check_frame, usual_start
 
 
 def ipv4(payload: int, options: int, change: dict[str, int]) -> bytes:
@@ -101,3 +105,99 @@ def test_both_ways_give_the_same(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(software, "_usual_tcp", lambda *_: None)
         assert outcome() == short
+        assert_start_agrees(frame, allowed)
+
+
+def assert_start_agrees(frame: list[bytes | memoryview], allowed: Offload) -> bool:
+    """What `usual_start` says, if anything, is what the long way says; whether it says anything.
+
+    The first buffer that a guest gave is the header with the first piece behind it.
+    """
+    header, *pieces = frame
+    length = sum(map(len, pieces))
+    first = bytes(header) + bytes(pieces[0])
+    start = usual_start(first[:MOST_OF_START], length, int(allowed))
+    if start is None:
+        return False
+    assert NET_HDR_SIZE <= len(start) <= min(len(first), MOST_OF_START)
+    checked = check_frame(list(frame), length, allowed)  # no lie
+    sent = start + first[len(start) :] + b"".join(map(bytes, pieces[1:]))
+    assert sent == b"".join(map(bytes, checked))
+    if start[1]:
+        assert start[NET_HDR_SIZE:] == checked[1], "all headers that were checked are private"
+    else:
+        assert start == checked[0]
+    return True
+
+
+OFFLOADS = st.lists(st.sampled_from(list(Offload)), max_size=7).map(
+    lambda flags: functools.reduce(operator.or_, flags, Offload.NONE)
+)
+WORDS = st.sampled_from((0, 1, 2, 13, 14, 16, 20, 33, 34, 54, 0xFFFE, 0xFFFF)) | st.integers(0, 200)
+
+
+@settings(max_examples=800)
+@given(
+    fields=st.tuples(
+        st.sampled_from((0, 0, 1, 1, 1, 2, 3, 4, 0xFE, 0xFF)),
+        st.sampled_from((0, 0, 0, 1, 3, 4, 5, 0x80, 0x81, 0x84, 0x85, 2, 0xFF)),
+        *(WORDS,) * 5,
+    ),
+    size=st.integers(0, 200) | st.sampled_from((1514, 70000)),
+    cut=st.none() | st.integers(0, 200),
+    allowed=OFFLOADS,
+)
+def test_a_start_says_nothing_else_of_any_header(
+    fields: tuple[int, ...], size: int, cut: int | None, allowed: Offload
+) -> None:
+    data = memoryview(bytes(n & 0xFF for n in range(size)))
+    pieces = [data] if cut is None else [data[:cut], data[cut:]]
+    assert_start_agrees([NET_HDR.pack(*fields), *pieces], allowed)
+
+
+@pytest.mark.parametrize("start", [13, 14, 15, 60, 97, 98, 99, 0xFFFF])
+@pytest.mark.parametrize("offset", [0, 1, 16, 84, 85, 86, 0xFFFF])
+def test_a_start_knows_where_a_checksum_may_stand(start: int, offset: int) -> None:
+    """Behind the Ethernet header, and up to the end of the frame."""
+    frame = [NET_HDR.pack(1, 0, 0, 0, start, offset, 0), memoryview(bytes(100))]
+    good = start >= 14 and start + offset + 2 <= 100
+    assert assert_start_agrees(frame, ALL) == good
+
+
+@pytest.mark.parametrize("network, kind", [(ipv4, 1), (ipv6, 4)])
+@given(
+    words=st.integers(0, 10),
+    payload=st.sampled_from((1, 100, 1448, 1449, 3000, 65000)),
+    allowed=OFFLOADS,
+    data=st.data(),
+)
+def test_a_start_says_something_of_usual_frames(
+    network: Callable[[int, int, dict[str, int]], bytes],
+    kind: int,
+    words: int,
+    payload: int,
+    allowed: Offload,
+    data: st.DataObject,
+) -> None:
+    """The way is not there in vain: nothing undone, a checksum, or a TCP frame to be segmented that
+    has all headers in its first buffer."""
+    at = 34 if network is ipv4 else 54
+    ethertype = 0x0800 if network is ipv4 else 0x86DD
+    frame = memoryview(
+        bytes(12)
+        + struct.pack("!H", ethertype)
+        + network(payload, 4 * words, {})
+        + struct.pack("!HHIIBBHHH", 1, 2, 3, 4, (5 + words) << 4, 16, 5, 6, 7)
+        + bytes(4 * words + payload)
+    )
+    end = at + 20 + 4 * words
+    cut = data.draw(st.sampled_from((end, end + 1, len(frame), 0, at, end - 1)))
+    pieces = [frame[:cut], frame[cut:]]
+    assert assert_start_agrees([PLAIN_HEADER, *pieces], allowed)
+    checksum = NET_HDR.pack(1, 0, 0xFFFF, 9, at, 16, 3)
+    assert assert_start_agrees([checksum, *pieces], allowed) == (Offload.CSUM in allowed)
+    offload = Offload.TSO4 if kind == 1 else Offload.TSO6
+    permitted = Offload.CSUM in allowed and offload in allowed and cut >= end
+    for flags, hdr_len, buffers in itertools.product((1, 3), (end, 0, end + 1), (0, 1)):
+        segments = NET_HDR.pack(flags, kind, hdr_len, 1448, at, 16, buffers)
+        assert assert_start_agrees([segments, *pieces], allowed) == permitted

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, ParamSpec, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
@@ -72,6 +73,8 @@ class Queue:
         self.enabled = False
         """Whether the device may work on the ring. With a ring that is not enabled it does what
         `Device.process_disabled` does."""
+        self.call_waits = False
+        """Whether the driver may still have to be called for what was published."""
         self.unfinished: Sequence[int] = ()
         """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
@@ -161,6 +164,10 @@ class Device(ABC):
 
     It calls `notify` again when it has been round. Without it `notify` works until all is done.
     """
+    on_much_moved: Callable[[], None] | None = None
+    """The event loop's: there was much data in this turn, and probably there is more to come."""
+    on_can_wait: Callable[[Callable[[], None]], None] | None = None
+    """The event loop's: calls back when there is nothing more urgent, which may be now."""
     on_watches_change: Callable[[], None] | None = None
     """The event loop's: there are new `watches` or `alarms`."""
     on_call_soon: Callable[[Callable[[], None]], None] | None = None
@@ -417,6 +424,7 @@ class Device(ABC):
         ring = queue.ring
         if queue.enabled:
             self._run("queue_stopping", self.queue_stopping, queue)
+        self._make_call(queue)
         next_avail = ring.next_avail
         queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None
@@ -528,7 +536,30 @@ class Device(ABC):
         ):
             self.on_queue_call(queue.index)
 
+    def publish_without_haste(self, queue: Queue) -> None:
+        """`publish` for what no driver waits for: the call, if there is to be one, comes later.
+
+        By then the driver may have looked by itself, as drivers do that were called for something
+        else, and wants no call any more.
+        """
+        if self.on_can_wait is None:
+            self.publish(queue)
+        elif queue.ring is not None and queue.ring.publish() and not queue.call_waits:
+            queue.call_waits = True
+            self.on_can_wait(partial(self._make_call, queue))
+
     # --- inside -----------------------------------------------------------------------------------
+
+    def _make_call(self, queue: Queue) -> None:
+        """Makes a call that was put off, if it was and the driver still wants it."""
+        if queue.call_waits:
+            queue.call_waits = False
+            if (
+                queue.ring is not None
+                and queue.ring.should_notify()
+                and self.on_queue_call is not None
+            ):
+                self.on_queue_call(queue.index)
 
     def _queue(self, index: int) -> Queue:
         if not 0 <= index < len(self.queues):

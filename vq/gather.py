@@ -17,6 +17,7 @@ import sys
 import weakref
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from vq.memory import map_shared
@@ -40,6 +41,11 @@ class IoVectors:
         view = memoryview(memory).cast("B")
         self._addresses = (view.cast("Q") if _WORD == 8 else view.cast("I"))[::2]
         self._lengths = view.cast("I")[_LENGTH :: _WORD // 2]
+
+    def places(self, counts: Sequence[int]) -> array[int]:
+        """Where rows of so many pieces begin, one behind another; addresses ("Q")."""
+        starts = accumulate(counts[:-1], initial=0)
+        return array("Q", [self.address + 2 * _WORD * first for first in starts])
 
     def put(self, first: int, addresses: Sequence[int], lengths: Sequence[int]) -> None:
         """Stores pieces from number `first` on. There must be as many lengths as addresses."""

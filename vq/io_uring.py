@@ -32,8 +32,12 @@ SYSTEM_CALLS = ("io_uring_enter",)
 
 
 class Opcode(IntEnum):
-    """What a request does (`enum io_uring_op`)."""
+    """What a request does (`enum io_uring_op`).
 
+    With WRITEV the memory of a request is an array of `struct iovec`, and its length their number.
+    """
+
+    WRITEV = 2
     READ = 22
     WRITE = 23
 

@@ -26,7 +26,9 @@ from vq.offload import ALL, Offload
 __all__ = [
     "MAX_FRAME",
     "MOST_AT_ONCE",
+    "MOST_PIECES",
     "SHORT_OF_MEMORY",
+    "START_ROOM",
     "Frame",
     "FrameBuffer",
     "Link",
@@ -51,7 +53,11 @@ Frame: TypeAlias = list[FrameBuffer]
 SHORT_OF_MEMORY = frozenset((errno.ENOBUFS, errno.ENOMEM))
 """Errors that pass: the kernel has no memory just now. A link that reports one is not broken."""
 MOST_AT_ONCE = 128
-"""Short frames that are moved together at most, by an outbox or to places lent apart."""
+"""Frames that are moved together at most, by an outbox or to places lent apart."""
+MOST_PIECES = 2048
+"""Pieces of memory that frames sent in place lie in at most, all of them together."""
+START_ROOM = 128
+"""Bytes that an outbox has for each frame's start: all headers, the net header among them."""
 MAX_FRAME = 262144
 """The longest frame in bytes that any link carries: no guest makes vq hold more than this."""
 
@@ -109,13 +115,20 @@ Places: TypeAlias = tuple["array[int]", "array[int]"]
 
 
 class Outbox(Protocol):
-    """A port's way to send many short frames at a time: they are copied, looked at, and sent.
+    """A port's ways to send many frames at a time, by their addresses.
 
-    In Python to look at each frame's place in the guest's memory costs more than to copy it.
+    Short frames are copied, looked at, and sent: in Python to look at each in its place costs more
+    than to copy it. Others are sent in place, all but their starts: those are copied into `starts`,
+    looked at, and sent from there.
     """
 
     most_bytes: int
-    """What it takes at a time, net headers included; frames are at most `MOST_AT_ONCE`."""
+    """What `take` takes at a time, net headers included; frames are at most `MOST_AT_ONCE`."""
+    starts: memoryview
+    """Private memory for the starts of frames that are sent in place: `MOST_AT_ONCE` times
+    `START_ROOM` bytes."""
+    starts_address: int
+    """Where `starts` lies, host-virtual."""
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """Makes a private copy of frames with their net headers, `total` bytes in all.
@@ -131,6 +144,19 @@ class Outbox(Protocol):
         Their headers leave nothing undone, and no frame is too short.
         """
 
+    def send_in_place(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> int:
+        """Sends frames out of the memory that they lie in; returns how many it dealt with, as
+        `Port.write_burst` does.
+
+        `addresses` (host-virtual) and `lengths` (bytes) are of pieces, one frame's behind the
+        other's, and `counts` says how many pieces each frame has: at most `MOST_AT_ONCE` frames, of
+        `MOST_PIECES` pieces in all. A frame begins with its net header, which was checked and is
+        private, and is neither too short nor longer than `MAX_FRAME`. Nothing of that memory is
+        looked at after the call. Raises `OSError` when the link is gone.
+        """
+
 
 class Port(ABC):
     """One queue of a link."""
@@ -140,7 +166,7 @@ class Port(ABC):
     on_writable: Callable[[], None] | None = None
     """Likewise when it takes frames again after it refused some."""
     burst = 64
-    """Frames that are best read at a time, now."""
+    """Frames that are best read at a time, now: where they are long, fewer than that."""
     none_waits_inside: ClassVar[bool] = False
     """Whether the descriptor stays readable for as long as there is a frame: then one may stop to
     read before there is none. A port that keeps frames in this process must be read to the end."""

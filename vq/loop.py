@@ -7,8 +7,11 @@ To fall asleep and be woken costs more than a frame does. So where the next even
 near, the loop looks for it a little while before it sleeps. It expects what was: after the last
 event of the same descriptor, did the next event, of any descriptor, come soon? So the answers of an
 exchange of one frame at a time find the loop awake, and pings far apart cost no processor time
-beyond their own. Where the rest between events is less than half of the work on them, traffic is
-dense: then whoever makes it may be waiting for this very processor, and the loop sleeps.
+beyond their own.
+
+In dense traffic, of which callbacks tell (`much_was_moved`), the loop does not look: whoever makes
+it may be waiting for this very processor. There what can wait is best done when nothing else is to
+be done (`call_in_lull`), and often need not be done at all by then.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ Callback = Callable[[], None]
 
 LINGER = 50e-6
 """Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
+_DENSE = 8
+"""Turns for which traffic counts as dense after much was moved in one."""
+_LONGEST_WITHOUT_LULL = 16
+"""Turns after which one need not wait for a lull any longer."""
 _MOST_EVENTS = 64
 """Events taken in one turn; what is left comes in the next, those that waited longest first."""
 
@@ -135,7 +142,9 @@ class Loop:
         self._stopping = False
         self._last = -1  # the descriptor of the last event
         self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
-        self._woke = time.monotonic()  # when it had events last
+        self._dense = 0  # turns for which traffic still counts as dense
+        self._lull: list[Callback] = []
+        self._without_lull = 0  # turns since the first of them came
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -170,6 +179,20 @@ class Loop:
     def call_soon(self, callback: Callback) -> None:
         """Calls back once in the next turn, after descriptors that are ready have had theirs."""
         self._soon.append(callback)
+
+    def call_in_lull(self, callback: Callback) -> None:
+        """Calls back once no descriptor is ready, before the loop sleeps: for what can wait.
+
+        That is after some turns at the latest, and now where traffic is not dense.
+        """
+        if self._dense:
+            self._lull.append(callback)
+        else:
+            callback()
+
+    def much_was_moved(self) -> None:
+        """A callback says so: traffic is dense, now and for the next few turns."""
+        self._dense = _DENSE
 
     def call_soon_from_any_thread(self, callback: Callback) -> None:
         """`call_soon` for other threads than the loop's: the loop wakes up for it."""
@@ -228,25 +251,38 @@ class Loop:
 
     def _ready(self, patience: float | None) -> list[tuple[int, int]]:
         """What is ready, waiting for it up to `patience` seconds (None: for ever)."""
-        poll = self._poll
+        poll, dense = self._poll, self._dense
+        if dense:
+            self._dense = dense - 1
+        if self._lull and (ready := self._before_lull()):
+            return ready
         if patience is not None and patience <= LINGER:
             return poll(patience, _MOST_EVENTS)
         began = time.monotonic()
-        worked = began - self._woke
-        ready: list[tuple[int, int]] = []
-        if self._last in self._soon_after:
+        ready = []
+        if not dense and self._last in self._soon_after:
             while not ready and (looked := time.monotonic() - began) <= LINGER:
                 ready = poll(0, _MOST_EVENTS)
             if patience is not None:
                 patience = max(0.0, patience - looked)
         ready = ready or poll(patience, _MOST_EVENTS)
-        self._woke = time.monotonic()
-        if ready and worked <= 2 * (self._woke - began) <= 2 * LINGER:
+        if ready and time.monotonic() - began <= LINGER:
             self._soon_after.add(self._last)
         else:
             self._soon_after.discard(self._last)
         if ready:
             self._last = ready[-1][0]
+        return ready
+
+    def _before_lull(self) -> list[tuple[int, int]]:
+        """What is ready at once. If nothing is, or was not for long, does what waited for that."""
+        ready = self._poll(0, _MOST_EVENTS)
+        self._without_lull += 1
+        if not ready or self._without_lull >= _LONGEST_WITHOUT_LULL:
+            self._without_lull = 0
+            callbacks, self._lull = self._lull, []
+            for callback in callbacks:
+                callback()
         return ready
 
     def _patience(self, timeout: float | None) -> float | None:

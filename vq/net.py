@@ -34,7 +34,7 @@ from vq.abi import (
 )
 from vq.device import RING_FEATURES, Alarm, Device, Queue, Watch
 from vq.errors import DriverError, UsageError, in_words
-from vq.link import MOST_AT_ONCE, Frame, Link, Port
+from vq.link import MOST_AT_ONCE, Frame, Link, Outbox, Port
 from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
@@ -50,12 +50,14 @@ from vq.offload import (
 )
 from vq.pace import Pace
 from vq.packet import copy_range
+from vq.ring_run import Run, TableRun
 from vq.software import PLAIN_HEADER
-from vq.split_ring import Chain, Run, SplitRing
+from vq.split_ring import Chain, SplitRing
 
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
 T = TypeVar("T")
+R = TypeVar("R", Run, TableRun)
 
 log = limited_logger(__name__)
 
@@ -68,11 +70,20 @@ COMMANDS_PER_TURN = 8
 _NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
+_WORTH_PLACES = 2  # likewise, for frames that are sent in place
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
 FRAMES_PER_TURN = 256
 """When a turn on one queue ends, with the burst that reaches it: so that a busy guest does not keep
 the other queues waiting."""
+BYTES_PER_TURN = 200 << 10
+"""Likewise, for what the guest sends: four frames of the longest. Then what their receiver
+acknowledges is brought to the guest, and makes room in its socket while the next are sent."""
+_MUCH = 1 << 14
+"""Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
+_LITTLE = 1 << 11
+"""Bytes that a guest sends at a time whose memory it can do without for a while: acknowledgements,
+for the most part."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -307,6 +318,8 @@ class NetDevice(Device):
                 self._interrupted.append(queue.index)
             return False
         self._working = True
+        counter = "tx_bytes" if queue.index % 2 else "rx_bytes"
+        bytes_before = self.stats[counter]
         try:
             if queue.index == self._control_index:
                 more = self._control(queue, ring)
@@ -316,6 +329,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
+        if self.on_much_moved is not None and self.stats[counter] - bytes_before >= _MUCH:
+            self.on_much_moved()
         if self._interrupted:
             self._catch_up()
         return more
@@ -497,10 +512,12 @@ class NetDevice(Device):
             return False
         ring.disable_kicks()
         frames = 0
-        while frames < FRAMES_PER_TURN:
+        enough_bytes = self.stats["tx_bytes"] + BYTES_PER_TURN
+        while frames < FRAMES_PER_TURN and self.stats["tx_bytes"] < enough_bytes:
             chains, sent = _NONE_TAKEN
-            if ring.waiting() >= _WORTH_A_BATCH and self._frame_maker.takes_short_way():
-                chains, sent = self._send_plain(queue, ring)
+            waiting = ring.waiting()
+            if waiting >= _WORTH_PLACES:
+                chains, sent = self._send_at_once(queue, ring, waiting)
                 if sent and self.holds(queue, ring):
                     self.publish(queue)
                 if not self.holds(queue, ring):
@@ -516,7 +533,10 @@ class NetDevice(Device):
                     return False
                 if burst.dropped:
                     ring.write_used_burst(burst.dropped)
-                self.publish(queue)
+                if burst.size <= _LITTLE:
+                    self.publish_without_haste(queue)
+                else:
+                    self.publish(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
@@ -536,26 +556,44 @@ class NetDevice(Device):
             ring.disable_kicks()
         return True
 
-    def _send_plain(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
-        """Sends a burst of short frames that leave nothing undone, if that is what comes next.
+    def _send_at_once(
+        self, queue: Queue, ring: SplitRing, waiting: int
+    ) -> tuple[Sequence[Chain], int]:
+        """Sends a burst of frames by address, if what comes next is fit for that.
 
         Returns chains that it took and did not send, in their order, and how many frames it sent.
         """
-        port_index = self._port_index(queue)
+        maker, port_index = self._frame_maker, self._port_index(queue)
         outbox = self.link.ports[port_index].outbox
         if outbox is None or port_index in self._broken:
             return _NONE_TAKEN
-        run = Run(ring, writable=False)
-        run.pop(MOST_AT_ONCE)
+        if waiting >= _WORTH_A_BATCH and maker.takes_short_way():
+            run = Run(ring, writable=False)
+            run.pop(MOST_AT_ONCE)
+            sent = self._send_run(port_index, run, maker.send_plain, outbox)
+            if not self.holds(queue, ring):
+                return (), sent
+            run.give_back(_NOTHING_WRITTEN[:sent])
+            if sent or run:
+                return run.to_chains(), sent
+        if maker.takes_place_way():
+            tables = TableRun(ring)
+            tables.pop(BURST, BYTES_PER_TURN)
+            sent = self._send_run(port_index, tables, maker.send_in_place, outbox)
+            if not self.holds(queue, ring):
+                return (), sent
+            tables.give_back(sent)
+            return tables.to_chains(), sent
+        return _NONE_TAKEN
+
+    def _send_run(
+        self, port_index: int, run: R, send: Callable[[R, Outbox], int], outbox: Outbox
+    ) -> int:
         try:
-            sent = self._frame_maker.send_plain(run, outbox)
+            return send(run, outbox)
         except OSError as error:
             self._port_broke(port_index, error)
-            sent = 0
-        if not self.holds(queue, ring):
-            return (), sent
-        run.give_back(_NOTHING_WRITTEN[:sent])
-        return run.to_chains(), sent
+            return 0
 
     def _send(
         self,
@@ -639,14 +677,14 @@ class NetDevice(Device):
         index = self._port_index(queue)
         port = self.link.ports[index]
         pace = self._paces[queue.index]
-        # Where frames come one at a time there is no look for a second one: an event loop, if there
-        # is one, looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        # Where few come at a time there is no look for one more: an event loop, if there is one,
+        # looks anyhow, and to find nothing is an exception, which takes as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
-        alone = pace.begin() and polled
+        expected = pace.begin() if polled else 0
         frames = 0
         try:
             while frames < FRAMES_PER_TURN:
-                limit = 1 if alone else port.burst
+                limit = min(expected, port.burst) or port.burst
                 moved = port.read_burst(window, limit)
                 frames += moved
                 if not self.holds(queue, ring):
@@ -655,8 +693,10 @@ class NetDevice(Device):
                     self.publish(queue)
                     if not self.holds(queue, ring):
                         return False
-                if alone or moved < limit:
+                if expected or moved < limit:
                     return False
+                if limit < Port.burst:  # long ones: what the guest acknowledges is to be sent, too
+                    return True
         except OSError as error:
             self._port_broke(index, error)
             return False

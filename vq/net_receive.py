@@ -30,8 +30,9 @@ from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
 from vq.packet import copy_range, cut
+from vq.ring_run import Run
 from vq.software import HeaderLie, finish
-from vq.split_ring import Chain, Run, SplitRing
+from vq.split_ring import Chain, SplitRing
 
 __all__ = ["ReceiveWindow"]
 

@@ -4,8 +4,10 @@
 negotiated and against the frame, and does in software what the link does not (virtio 1.3,
 5.1.6.2). The frame's bytes are not copied: the link writes them straight out of guest memory.
 
-Where the link has an outbox, short frames that leave nothing undone go a shorter way, many at a
-time (`send_plain`). They are copied, which costs less than to look at each in its place.
+Where the link has an outbox there are two shorter ways, for many frames at a time. Short frames
+that leave nothing undone are copied, which costs less than to look at each in its place
+(`send_plain`). Frames in several pieces are sent by address (`send_in_place`): their headers are
+copied and checked, and all else is the kernel's to fetch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ from typing import TypeAlias
 from vq.abi import NET_HDR_SIZE
 from vq.errors import DriverError
 from vq.lanes import total
-from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Link, Outbox
+from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
-from vq.software import PLAIN_HEADER, HeaderLie, check_frame, finish
-from vq.split_ring import Chain, Run
+from vq.ring_run import Run, TableRun
+from vq.software import (
+    MOST_OF_START,
+    PLAIN_HEADER,
+    HeaderLie,
+    check_frame,
+    finish,
+    usual_start,
+)
+from vq.split_ring import Chain
 
 __all__ = ["Burst", "FrameMaker", "Responder"]
 
@@ -33,6 +43,8 @@ The pieces are views of guest memory, whose bytes may change between two looks a
 _DETOUR = 64
 """Bursts that go the plain way before the short one is tried again."""
 _ETHERNET = 14
+# What is sent in place fits an outbox: a frame has a start, and by that a piece more than a chain.
+assert MOST_OF_START <= START_ROOM and TableRun.most_pieces + MOST_AT_ONCE <= MOST_PIECES
 _MAX_FRAMES = 1024
 """Frames of one burst, unless one chain alone makes more. Segments cut in software count: a guest
 must not have tens of thousands of them made in one go."""
@@ -77,7 +89,7 @@ class FrameMaker:
         self._responders = tuple(responders)
         self._stats = stats
         self._judged = (Offload.NONE, Offload.NONE, False)
-        self._detour = 0  # bursts for which the plain way is kept to
+        self._detour = self._place_detour = 0  # bursts for which the plain way is kept to
 
     def takes_short_way(self) -> bool:
         """Whether `send_plain` is worth a try: not soon again where it was not."""
@@ -113,6 +125,57 @@ class FrameMaker:
         self._stats["tx_frames"] += sent
         done = size if sent == len(lengths) else sum(lengths[:sent])
         self._stats["tx_bytes"] += done - NET_HDR_SIZE * sent
+        return sent
+
+    def takes_place_way(self) -> bool:
+        """Whether `send_in_place` is worth a try: not soon again where it was not."""
+        self._place_detour -= 1
+        return self._place_detour < 0 and not self._responders and self.locked_mac is None
+
+    def send_in_place(self, run: TableRun, outbox: Outbox) -> int:
+        """Sends the first frames of a run, as far as they are usual ones; returns how many the link
+        has dealt with.
+
+        The others are left to `make`. Raises `OSError` when the link is gone.
+        """
+        self._place_detour = _DETOUR  # unless there is one
+        if not run or not self._link_does_all():
+            return 0
+        memory, base, starts = run.memory, run.base, outbox.starts
+        permitted, shortest = int(self.allowed), max(self._link.min_frame, _ETHERNET)
+        addresses, lengths = run.addresses[:], run.lengths[:]
+        counts: list[int] = []
+        size = at = room = 0
+        for count in run.counts[:MOST_AT_ONCE]:
+            first = lengths[at]
+            length = (first if count == 1 else sum(lengths[at : at + count])) - NET_HDR_SIZE
+            if first < NET_HDR_SIZE or not shortest <= length <= MAX_FRAME:
+                break
+            place = addresses[at] - base
+            looked_at = memory[place : place + (first if first < MOST_OF_START else MOST_OF_START)]
+            start = usual_start(bytes(looked_at), length, permitted)
+            if start is None:
+                break
+            replaced = len(start)
+            starts[room : room + replaced] = start
+            if replaced < first:
+                addresses[at : at + 1] = (outbox.starts_address + room, addresses[at] + replaced)
+                lengths[at : at + 1] = replaced, first - replaced
+                count += 1
+            else:
+                addresses[at] = outbox.starts_address + room
+            counts.append(count)
+            size += length
+            at += count
+            room += START_ROOM
+        if not counts:
+            return 0
+        self._place_detour = 0
+        sent = outbox.send_in_place(addresses[:at], lengths[:at], counts)
+        if sent < len(counts):
+            size = sum(lengths[: sum(counts[:sent])]) - NET_HDR_SIZE * sent
+        self._stats["tx_frames"] += sent
+        self._stats["tx_bytes"] += size
         return sent
 
     def make(self, queue: str, chains: Sequence[Chain]) -> Burst:
@@ -233,6 +296,8 @@ class FrameMaker:
 def _misfit(burst: Burst, queue: str, chain: Chain) -> None:
     """A chain that is no frame: it goes back, and the device will need a reset."""
     burst.dropped.append(chain)
+    if burst.fault is not None:
+        return  # the first one is told
     burst.fault = DriverError(
         "a writable buffer in a transmit queue"
         if chain.writable

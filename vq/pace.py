@@ -1,4 +1,4 @@
-"""How frames come: many behind one another, or one at a time with a rest in between."""
+"""How frames come: many behind one another, or few at a time with a rest in between."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Whether frames come one at a time, as far as one can tell.
+    """How many frames come at a time, as far as one can tell.
 
-    So they do when the last turn had one only, and rested for longer than it worked. Both are of
-    this machine and its load, so that nothing is to be set.
+    One, when the last turn had one, and a few, when the last two turns had as many: each time if
+    the rest since then was longer than the work. Both are of this machine and its load, so that
+    nothing is to be set.
     """
 
-    __slots__ = ("_alone", "_began", "_ended")
+    __slots__ = ("_before", "_began", "_ended", "_last")
 
     def __init__(self) -> None:
-        self._alone = False
+        self._last = self._before = 0  # frames of the last two turns
         self._began = self._ended = 0.0
 
-    def begin(self) -> bool:
-        """A turn begins: whether to expect one frame."""
+    def begin(self) -> int:
+        """A turn begins: how many frames to expect, 0 where it could be any number."""
         now = time.monotonic()
-        alone = self._alone and now - self._ended > self._ended - self._began
+        rested = now - self._ended > self._ended - self._began
         self._began = now
-        return alone
+        last = self._last
+        return last if rested and (last == 1 or last == self._before) else 0
 
     def end(self, frames: int) -> None:
         """The turn ends; it had so many frames."""
         self._ended = time.monotonic()
-        self._alone = frames == 1
+        self._before, self._last = self._last, frames

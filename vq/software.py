@@ -18,7 +18,15 @@ from vq.errors import VqError
 from vq.offload import ALL, Offload
 from vq.packet import Buffer, Packet
 
-__all__ = ["MIN_TCP_GSO_SIZE", "PLAIN_HEADER", "HeaderLie", "check_frame", "finish"]
+__all__ = [
+    "MIN_TCP_GSO_SIZE",
+    "MOST_OF_START",
+    "PLAIN_HEADER",
+    "HeaderLie",
+    "check_frame",
+    "finish",
+    "usual_start",
+]
 
 _Frame: TypeAlias = list[Buffer]
 """`vq.link.Frame`, which stands in a layer above."""
@@ -43,6 +51,8 @@ _NEEDS_CSUM = int(HdrFlag.NEEDS_CSUM)
 _GSO_NONE = int(HdrGso.NONE)
 _GSO_TCPV4, _GSO_TCPV6 = int(HdrGso.TCPV4), int(HdrGso.TCPV6)
 _USUAL_HEADERS = 14 + 40 + 60  # Ethernet, IPv6, TCP with all options
+MOST_OF_START = NET_HDR_SIZE + _USUAL_HEADERS
+"""Bytes that `usual_start` looks at, or gives back, at most."""
 _ETHERNET_HEADER = 14
 
 
@@ -211,6 +221,39 @@ _IPV4_START = struct.Struct("!12xHBxH2xHxBH")
 _IPV6_START = struct.Struct("!12xHB3xHB")
 
 
+def usual_start(start: bytes, length: int, permitted: int) -> bytes | None:
+    """What `check_frame` says of a usual frame, from its first bytes alone; None for any other.
+
+    `start` is a private copy of up to `MOST_OF_START` bytes, the net header first, `length` the
+    bytes in the frame behind that, and `permitted` the `Offload` of the guest as an int.
+
+    Returns what the link gets in the place of as many first bytes: the cleaned net header, and in a
+    GSO frame all headers that were checked.
+    """
+    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers = NET_HDR.unpack_from(
+        start
+    )
+    if not (flags or gso_type):
+        return PLAIN_HEADER
+    if not (flags & _NEEDS_CSUM and permitted & _CSUM):
+        return None
+    if gso_type == _GSO_NONE:
+        if csum_start < _ETHERNET_HEADER or csum_start + csum_offset + 2 > length:
+            return None
+        hdr_len = min(hdr_len, length)
+        return NET_HDR.pack(_NEEDS_CSUM, 0, hdr_len, 0, csum_start, csum_offset, 0)
+    if not permitted & _GSO_OFFLOADS.get(gso_type, 0):
+        return None
+    frame = start[NET_HDR_SIZE:]
+    end = _usual_headers(frame, gso_type, gso_size, csum_start, csum_offset, length)
+    if not end:
+        return None
+    if flags == _NEEDS_CSUM and hdr_len == end and not num_buffers:  # as Linux' driver says it
+        return start[: NET_HDR_SIZE + end]
+    cleaned = NET_HDR.pack(_NEEDS_CSUM, gso_type, end, gso_size, csum_start, csum_offset, 0)
+    return cleaned + frame[:end]
+
+
 def _usual_tcp(
     pieces: Sequence[Buffer],
     gso_type: int,
@@ -219,16 +262,29 @@ def _usual_tcp(
     csum_offset: int,
     length: int,
 ) -> list[Buffer] | None:
-    """The pieces of a frame to be segmented, headers private and first, if nothing is unusual.
+    """The pieces of a frame to be segmented, headers private and first, if nothing is unusual."""
+    start = bytes(pieces[0][:_USUAL_HEADERS])
+    end = _usual_headers(start, gso_type, gso_size, csum_start, csum_offset, length)
+    if not end:
+        return None
+    first = pieces[0]
+    if len(first) == end:
+        return [start[:end], *pieces[1:]]
+    return [start[:end], memoryview(first)[end:], *pieces[1:]]
+
+
+def _usual_headers(
+    start: bytes, gso_type: int, gso_size: int, csum_start: int, csum_offset: int, length: int
+) -> int:
+    """How long the headers are of a frame to be segmented, if nothing is unusual; else 0.
 
     Usual is what nearly all such frames are: TCP right behind an IP header without options or
-    extensions, without a VLAN tag, all lengths true, and all headers in the first piece. They pass
-    `_checked_gso` and need no mending, at a tenth of the price. Anything else, bad frames too, is
-    None here and for that function to judge.
+    extensions, without a VLAN tag, all lengths true, and all headers in its first bytes, `start`.
+    They pass `_checked_gso` and need no mending, at a tenth of the price. Anything else, bad frames
+    too, is for that function to judge.
     """
-    start = bytes(pieces[0][:_USUAL_HEADERS])
     if len(start) < csum_start + 20 or csum_offset != packets.TCP_CHECKSUM:
-        return None
+        return 0
     if gso_type == _GSO_TCPV4 and csum_start == 34:
         ethertype, version, total, fragment, protocol, checksum = _IPV4_START.unpack_from(start)
         if (
@@ -236,7 +292,7 @@ def _usual_tcp(
             or fragment & 0x3FFF
             or not checksum
         ):
-            return None
+            return 0
     elif gso_type == _GSO_TCPV6 and csum_start == 54:
         ethertype, version, total, protocol = _IPV6_START.unpack_from(start)
         if (ethertype, version >> 4, protocol) != (
@@ -244,10 +300,10 @@ def _usual_tcp(
             6,
             packets.IPPROTO_TCP,
         ) or not total:
-            return None
+            return 0
         total += 40
     else:
-        return None
+        return 0
     tcp_header = (start[csum_start + 12] >> 4) * 4
     end = csum_start + tcp_header
     if (
@@ -258,11 +314,8 @@ def _usual_tcp(
         or length - end > gso_size * MAX_TCP_SEGMENTS
         or end - _ETHERNET_HEADER + min(gso_size, length - end) > 0xFFFF
     ):
-        return None
-    first = pieces[0]
-    if len(first) == end:
-        return [start[:end], *pieces[1:]]
-    return [start[:end], memoryview(first)[end:], *pieces[1:]]
+        return 0
+    return end
 
 
 def _checked_gso(header: Buffer, pieces: Sequence[Buffer], permitted: int) -> Packet:

@@ -44,10 +44,9 @@ from vq.abi import (
     ring_layout,
 )
 from vq.errors import AddressError, DriverError, UsageError
-from vq.lanes import ADDRESSES, alike
-from vq.memory import GuestMemory, address_of, fence, order_loads, order_stores
+from vq.memory import GuestMemory, fence, order_loads, order_stores
 
-__all__ = ["Chain", "InflightLog", "Run", "SplitRing"]
+__all__ = ["Chain", "InflightLog", "SplitRing"]
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _ELEMENT = struct.Struct("<II")
@@ -205,7 +204,7 @@ class SplitRing:
         self._unpublished = array("I")  # heads
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
-        self._outstanding: list[Chain | Run | None] = [None] * size  # by head
+        self._outstanding: list[object] = [None] * size  # by head: a chain, or the run it is in
         self._undone: deque[Chain] = deque()
         self._resubmit = deque(resubmit)
         # Heads of chains not given back yet that next_avail, moved back, would not lead to: those
@@ -878,225 +877,6 @@ class SplitRing:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
         if self.memory.dirty_log is not None:
             self.memory.mark_dirty(self._used_gpa + 2 * index, 2)
-
-
-class Run:
-    """Chains of the usual kind, popped and not given back: a queue of them, kept as columns.
-
-    Usual is what drivers offer again and again: one buffer a chain, all readable or all `writable`,
-    all in one region. A `Chain` for each of them costs more than what is done with it, so a device
-    model that moves such buffers by address may keep them here instead. Item by item, oldest first,
-    the lists say what is held: `heads`, `addresses` (host-virtual) and `lengths` in bytes, none of
-    them less than `shortest`. They are the ring's own copies, checked as `pop_burst` checks. The
-    buffers stay mapped while they are held.
-
-    What is not usual is left to `SplitRing.pop_burst`, bad chains too. While something is held here
-    that must not be called: `to_chains` first. With IN_ORDER nothing is taken while the device
-    holds a `Chain`, which is older.
-    """
-
-    def __init__(self, ring: SplitRing, *, writable: bool) -> None:
-        self.heads = array("I")
-        self.addresses = array("Q")
-        self.lengths = array("I")
-        self.shortest = 0
-        self._ring = ring
-        self._flag = DESC_F_WRITE if writable else 0
-        self._region = ring._window
-        self.base = ring.memory.hvaddr(self._region[0])  # host-virtual, of its first byte
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __repr__(self) -> str:
-        return f"<Run of {len(self)}>"
-
-    def pop(self, limit: int) -> int:
-        """Takes up to `limit` more chains; returns how many.
-
-        None when there is none, and when one of the next few is not of the usual kind. Raises
-        `DriverError` when the available index is impossible.
-        """
-        ring = self._ring
-        if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
-            return 0
-        slot = ring._next_avail & (ring.size - 1)
-        count = min(ring.waiting(), limit, ring.size - slot)
-        if count <= 0:
-            return 0
-        order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        words = ring._avail_words[2 + slot : 2 + slot + count]
-        heads: Sequence[int] = self._take_few(words.tolist()) if count <= _FEW else ()
-        if not heads:
-            heads = self._take(words.tobytes())
-        if not heads:
-            return 0
-        self.heads.extend(heads)
-        ring._next_avail = (ring._next_avail + count) & 0xFFFF
-        if ring._inflight_log is not None:
-            ring._inflight_log.popped(heads)
-        return count
-
-    def give_back(self, written: Sequence[int]) -> None:
-        """Writes the used elements of the first chains: so many bytes were written to each.
-
-        The driver sees them after `SplitRing.publish`.
-        """
-        ring, count = self._ring, len(written)
-        if not count:
-            return
-        heads = self.heads[:count]
-        del self.heads[:count]
-        outstanding = ring._outstanding
-        first = heads[0]
-        if heads == ring._heads[first : first + count]:
-            outstanding[first : first + count] = [None] * count
-        else:
-            for head in heads:
-                outstanding[head] = None
-        ring._write_elements(heads, written)
-        if ring.memory.dirty_log is not None:
-            self._mark_dirty(written)
-        del self.addresses[:count], self.lengths[:count]
-
-    @property
-    def memory(self) -> memoryview:
-        """All bytes of the region that the buffers lie in; the first is at `base`."""
-        return self._region[2]
-
-    def view(self, index: int) -> memoryview:
-        """The buffer of the chain at this place."""
-        offset = self.addresses[index] - self.base
-        return self._region[2][offset : offset + self.lengths[index]]
-
-    def adopt(self, chains: Sequence[Chain]) -> bool:
-        """The way back from `to_chains`, if all of the chains are of the usual kind.
-
-        They are outstanding, and the run holds nothing. False leaves everything as it is.
-        """
-        ring = self._ring
-        if self.heads or not chains or (ring._in_order and list(ring._order) != chains):
-            return False
-        buffers = [chain.writable if self._flag else chain.readable for chain in chains]
-        if not all(len(views) == 1 for views in buffers) or _BIG_ENDIAN:
-            return False
-        addresses = [address_of(views[0]) for views in buffers]
-        lengths = [len(views[0]) for views in buffers]
-        end = self.base + self._region[1]
-        if min(addresses) < self.base or max(map(add, addresses, lengths)) > end:
-            return False
-        self.heads = array("I", [chain.head for chain in chains])
-        self.addresses, self.lengths = array("Q", addresses), array("I", lengths)
-        self.shortest = min(lengths)
-        for head in self.heads:
-            ring._outstanding[head] = self
-        ring._order.clear()
-        return True
-
-    def to_chains(self) -> list[Chain]:
-        """Goes over to chains: they are outstanding in place of what the run held."""
-        if not self.heads:
-            return []
-        ring, view = self._ring, self._region[2]
-        chains: list[Chain] = []
-        for head, address, length in zip(self.heads, self.addresses, self.lengths, strict=True):
-            offset = address - self.base
-            buffer = (view[offset : offset + length],)
-            chain = Chain(head, _NO_VIEWS, buffer) if self._flag else Chain(head, buffer, _NO_VIEWS)
-            ring._outstanding[head] = chain
-            chains.append(chain)
-        if ring._in_order:
-            ring._order.extend(chains)
-        for column in (self.heads, self.addresses, self.lengths):
-            del column[:]
-        return chains
-
-    def _take_few(self, heads: list[int]) -> Sequence[int]:
-        """`_take` for a handful, which does not pay for columns; the heads if all of them pass."""
-        ring = self._ring
-        outstanding, table, size = ring._outstanding, ring._table, ring.size
-        start, room, _ = self._region
-        end, shift = start + room, self.base - start
-        before = len(self.addresses)
-        for head in heads:
-            if head >= size or outstanding[head] is not None:
-                break
-            address, length, flags, _ = _DESCRIPTOR.unpack_from(table, head << 4)
-            if flags != self._flag or address < start or not 0 < length <= end - address:
-                break
-            self.addresses.append(address + shift)
-            self.lengths.append(length)
-            outstanding[head] = self
-        else:
-            shortest = min(self.lengths[before:])
-            self.shortest = min(shortest, self.shortest) if before else shortest
-            return heads
-        for head in heads[: len(self.addresses) - before]:
-            outstanding[head] = None
-        del self.addresses[before:], self.lengths[before:]
-        return ()
-
-    def _take(self, words: bytes) -> Sequence[int]:
-        """Reads the descriptors whose heads these entries of the available ring are, each once.
-
-        Returns the heads if all of them pass, else none. Each check is one for all of them, so it
-        does not say which is to blame.
-        """
-        ring, count = self._ring, len(words) // 2
-        outstanding = ring._outstanding
-        first = int.from_bytes(words[:2], "little")
-        end = first + count
-        held: list[Chain | Run | None]
-        in_turn = words == ring._words_in_turn[2 * first : 2 * end]
-        if in_turn:  # as drivers mostly hand out a queue's descriptors
-            heads = ring._heads[first:end]
-            copy = ring._table[first << 4 : end << 4].tobytes()
-            held = outstanding[first:end]
-        else:
-            heads = array("I", memoryview(words).cast("H").tolist())
-            if max(heads) >= ring.size or len(set(heads)) != count:
-                return ()
-            copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
-            held = [outstanding[head] for head in heads]
-        addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
-        flags = array("H", copy)[6::8]
-        shortest = longest = lengths[0]
-        if not alike(lengths):
-            shortest, longest = min(lengths), max(lengths)
-        if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
-            return ()
-        column = ADDRESSES.column(addresses)
-        if not self._region_holds(column, count, longest):
-            return ()
-        self.shortest = min(shortest, self.shortest) if self.heads else shortest
-        self.addresses.frombytes(ADDRESSES.moved(column, count, self.base - self._region[0]))
-        self.lengths += lengths
-        if in_turn:
-            outstanding[first:end] = [self] * count
-        else:
-            for head in heads:
-                outstanding[head] = self
-        return heads
-
-    def _region_holds(self, addresses: int, count: int, length: int) -> bool:
-        """Whether the one region has so many bytes at each of these guest-physical addresses."""
-        base, size, _ = self._region
-        if ADDRESSES.between(addresses, count, base, base + size - length):
-            return True
-        if self.heads:
-            return False
-        try:  # it may be another region from now on
-            base, size, _ = self._region = self._ring._window_at(addresses & _ADDRESS)
-        except AddressError:
-            return False
-        self.base = self._ring.memory.hvaddr(base)
-        return ADDRESSES.between(addresses, count, base, base + size - length)
-
-    def _mark_dirty(self, written: Sequence[int]) -> None:
-        shift = self._region[0] - self.base
-        for address, count in zip(self.addresses, written, strict=False):
-            if count:
-                self._ring.memory.mark_dirty(address + shift, count)
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ from typing import TypeVar, cast
 
 from vq.abi import NET_HDR_SIZE
 from vq.errors import UsageError
-from vq.gather import Slab
+from vq.gather import IoVectors, Slab
 from vq.io_uring import Opcode, RequestRing
 from vq.ioctl import Direction
 from vq.ioctl import linux as _number
@@ -37,7 +37,9 @@ from vq.lanes import alike, all_between
 from vq.link import (
     MAX_FRAME,
     MOST_AT_ONCE,
+    MOST_PIECES,
     SHORT_OF_MEMORY,
+    START_ROOM,
     Frame,
     FrameBuffer,
     Places,
@@ -98,6 +100,11 @@ _NOT_NOW = (errno.EAGAIN, *SHORT_OF_MEMORY)
 _LONGEST_SEGMENTED = 0x10000 + ETHER_HEADER + TAGS
 """Bytes of the longest frame, unless somebody raised the interface's gso_max_size."""
 _WORD = 4
+_LONGEST_ANSWER = NET_HDR_SIZE + MAX_FRAME
+_LONG = 1 << 14
+"""Bytes of a frame that the host left to be segmented."""
+_FEW_LONG = 3
+"""Of those so many are read at a time: the guest is to begin on them while more are read."""
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
 
@@ -105,7 +112,7 @@ T = TypeVar("T")
 
 
 class _Batches:
-    """Short frames from and to a tap, `COUNT` in a system call, and what that takes.
+    """Frames from and to a tap, `COUNT` in a system call, and what that takes.
 
     Raises `OSError` where the kernel does not have it.
     """
@@ -114,10 +121,11 @@ class _Batches:
     BYTES = 2048 * COUNT
 
     def __init__(self, fd: int) -> None:
-        self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ), self.COUNT)
+        self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ, Opcode.WRITEV), self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
             self._words = Slab(_WORD * self.COUNT, self.COUNT)
+            self._pieces = IoVectors(MOST_PIECES)
         except BaseException:
             self.ring.close()
             raise
@@ -153,6 +161,16 @@ class _Batches:
         self._prepare(lengths)
         return self.ring.submit(0, len(lengths))
 
+    def write_pieces(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> array[int]:
+        """Writes frames of so many pieces each; returns the kernel's answers."""
+        self._pieces.put(0, addresses, lengths)
+        first, count = 2 * self.COUNT, len(counts)
+        self.ring.addresses[first : first + count] = self._pieces.places(counts)
+        self.ring.lengths[first : first + count] = array("I", counts)
+        return self.ring.submit(first, count)
+
     def _prepare(self, lengths: array[int]) -> None:
         """Has the entries for writing name frames of these lengths."""
         count = len(lengths)
@@ -183,6 +201,9 @@ class _TapOutbox:
     def __init__(self, port: LinuxTapPort, batches: _Batches) -> None:
         self._port = port
         self._batches = batches
+        starts = (ctypes.c_ubyte * (START_ROOM * _Batches.COUNT))()
+        self.starts = memoryview(starts).cast("B")
+        self.starts_address = ctypes.addressof(starts)
 
     def take(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """See `vq.link.Outbox.take`."""
@@ -194,13 +215,28 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(lengths)
             return len(lengths)
+        return self._dealt_with(lambda: self._batches.write(lengths))
+
+    def send_in_place(
+        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
+    ) -> int:
+        """See `vq.link.Outbox.send_in_place`."""
+        port = self._port
+        if not port.active:
+            port.dropped["inactive"] += len(counts)
+            return len(counts)
+        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts))
+
+    def _dealt_with(self, write: Callable[[], array[int]]) -> int:
+        """Has frames written, and sees to those that were not."""
+        port = self._port
         try:
-            results = self._batches.write(lengths)
+            results = write()
         except OSError:  # forbidden since (seccomp); the plain way may not be
             port.close()
             return 0
         dealt_with = len(results)
-        if not all_between(results, 0, MAX_FRAME):
+        if not all_between(results, 0, _LONGEST_ANSWER):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
                 dealt_with -= 1  # the port is full: they are sent later, in their order
             for result in results[:dealt_with]:
@@ -329,6 +365,7 @@ class LinuxTapPort(Port):
                         continue
                     by_address.commit_together(length)
                     moved += 1
+                    self.burst = _FEW_LONG if length > _LONG else Port.burst
                     continue
                 views = room.views()
                 if not views:

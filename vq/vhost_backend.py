@@ -251,6 +251,8 @@ class Backend:
         device.on_queue_call = self._call
         device.on_config_change = self._config_changed
         device.on_work_left = self._notify_soon
+        device.on_much_moved = loop.much_was_moved
+        device.on_can_wait = loop.call_in_lull
 
     # --- for the connection -----------------------------------------------------------------------
 
@@ -288,6 +290,7 @@ class Backend:
             self._forget_fds(vring)
         device = self.device
         device.on_queue_call = device.on_config_change = device.on_work_left = None
+        device.on_much_moved = device.on_can_wait = None
         device.reset()
         device.memory = None
         for slot in self._slots:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from fuzz.inputs import Input
 from fuzz.targets.ring import AVAIL, BAD, DESC, MEMORY, USED, _Life
 from vq.errors import DriverError
-from vq.split_ring import Chain, Run
+from vq.ring_run import Run
+from vq.split_ring import Chain
 
 
 def run(data: bytes) -> None:

@@ -56,6 +56,7 @@ STAGES = {
     "packet": "net header",
     "net_receive": "receive window",
     "split_ring": "ring",
+    "ring_run": "ring",
     "memory": "ring",
     "abi": "ring",
     "link": "link",
