@@ -85,6 +85,7 @@ def test_a_profile_divides_a_frames_time_into_stages(
     assert [case["case"] for case in report["cases"]] == [str(c) for c in profile.CASES[link]]
     for case in report["cases"]:
         assert sum(case["stages"].values()) == pytest.approx(case["us"], rel=0.05)
+        assert case["stages"].get("other", 0.0) < case["us"] / 5, "all modules are of some stage"
     seen = {stage for case in report["cases"] for stage in case["stages"]}
     assert {"ring", "event loop", "link"} <= seen
     if link == "tap":

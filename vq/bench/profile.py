@@ -49,24 +49,32 @@ HELP = "where a frame's time goes in the device, stage by stage"
 STAGES = {
     "loop": "event loop",
     "vhost_backend": "kick and call",
+    "shared_fd": "kick and call",
     "device": "device base",
     "net": "net device",
+    "pace": "net device",
     "net_transmit": "net header",
     "software": "net header",
     "packet": "net header",
     "net_receive": "receive window",
     "split_ring": "ring",
     "ring_run": "ring",
+    "lanes": "ring",
     "memory": "ring",
     "abi": "ring",
     "link": "link",
     "tap_linux": "link",
     "io_uring": "link",
+    "gather": "link",
 }
 """Which module's code is which stage; other modules' is "other"."""
 
-_SYSTEM_CALL = re.compile(r"\b(readv|writev|read|write|poll|enter)\(")
+_SYSTEM_CALL = re.compile(
+    r"\b_?(readv)\(|\b(writev|read|write|poll)\(|\b_(syscall)\(|\bif (call)\("
+)
 """In a line of source: what was called there when the device was seen at it."""
+_BY_LIBRARY = {"syscall": "io_uring", "call": "pwritev"}
+"""What those are that go through the C library."""
 _PACKAGE = str(Path(vq.__file__).parent)
 _PERIOD = 0.25e-3
 _SECONDS = 1.0
@@ -202,7 +210,8 @@ def stage_of(frame: FrameType | None) -> str:
     # A signal is dealt with after the call in which it came: the line is still that of the call.
     found = _SYSTEM_CALL.search(linecache.getline(path, frame.f_lineno or 0))
     if found is not None:
-        return f"system call: {found[1]}"
+        call = found[found.lastindex or 0]
+        return f"system call: {_BY_LIBRARY.get(call, call)}"
     return STAGES.get(Path(path).stem, "other")
 
 
