@@ -12,12 +12,14 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vq.pcap
 from vq.errors import CaptureError, UsageError
 from vq.pcap import (
     MAX_FRAME_BYTES,
@@ -600,6 +602,55 @@ def test_a_full_disk_leaves_whole_records_and_the_error_to_the_caller(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+class InterruptAt:
+    """Raises KeyboardInterrupt before the line of `vq.pcap` that is the `place`-th to come."""
+
+    def __init__(self, place: int) -> None:
+        self.left = place
+        self.came = False
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> InterruptAt | None:
+        if frame.f_code.co_filename != vq.pcap.__file__:
+            return None
+        if event == "line":
+            if not self.left:
+                self.came = True
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self
+
+
+@pytest.mark.parametrize("buffer_size", [0, 250])
+@pytest.mark.parametrize("name", ["kept.pcap", "kept.pcapng"])
+def test_an_interrupt_at_any_place_leaves_whole_frames(
+    tmp_path: Path, name: str, buffer_size: int
+) -> None:
+    """`vq loopback --write` was interrupted between a frame and the head of its record, which
+    stayed empty; so what followed was read as heads of records that were none."""
+    frames = [bytes([number]) * 60 for number in range(6)]
+    for place in range(1000):
+        interrupt = InterruptAt(place)
+        path = tmp_path / f"{place} {name}"
+        with open_writer(path, buffer_size=buffer_size) as writer:
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                for frame in frames[:-1]:
+                    writer.write([frame])
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+            writer.write([frames[-1]])  # and who goes on may do so
+        kept = [frame.data for frame in read_frames(path)]
+        assert kept == [frame for frame in frames if frame in kept] and kept[-1] == frames[-1]
+        if not interrupt.came:
+            assert kept == frames and place > 50
+            return
+    pytest.fail("it never came to the end")
+
+
 def test_a_device_that_is_full_from_the_start_is_the_kernels_error() -> None:
     for kind in (PcapWriter, PcapngWriter):
         with pytest.raises(OSError, match="No space left"):

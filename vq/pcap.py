@@ -113,6 +113,7 @@ class CaptureWriter(ABC):
             self._file = target
         self._buffer_size = buffer_size
         self._pending = bytearray()
+        self._whole = 0  # bytes of it that are whole records: an interrupt may come at any place
         self._closed = False
         self._end = self._file.tell() if self._file.seekable() else None
 
@@ -138,7 +139,8 @@ class CaptureWriter(ABC):
 
     def flush(self) -> None:
         """Writes everything gathered so far. Raises `OSError`, see the class."""
-        view = memoryview(self._pending)
+        view = memoryview(self._pending)[: self._whole]
+        self._whole = 0
         self._pending = bytearray()
         written = 0
         try:
@@ -179,14 +181,15 @@ class CaptureWriter(ABC):
         """Headers are never given up with the frames gathered after them: they go out alone."""
         self.flush()
         self._pending += record
+        self._whole = len(self._pending)
         self.flush()
 
     def _gather(self, head_size: int, data: Pieces) -> tuple[int, int]:
         """Appends room for a head and the frame; returns where the head is and the frame's size."""
         if self._closed:
             raise UsageError("the capture is closed")
-        pending = self._pending
-        at = len(pending)
+        pending, at = self._pending, self._whole
+        del pending[at:]
         try:
             pending += bytes(head_size)
             if isinstance(data, (bytes, bytearray, memoryview)):
@@ -207,7 +210,8 @@ class CaptureWriter(ABC):
         return UsageError(reason)
 
     def _record_done(self) -> None:
-        if len(self._pending) >= self._buffer_size:
+        self._whole = len(self._pending)
+        if self._whole >= self._buffer_size:
             self.flush()
 
 
