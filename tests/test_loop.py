@@ -337,3 +337,19 @@ def test_what_can_wait_may_be_put_off_again(loop: Loop) -> None:
     for turn in range(1, 4):
         loop.run_once(0)
         assert done == list(range(turn))
+
+
+def test_what_is_left_to_do_in_a_lull_is_done_before_the_loop_sleeps(loop: Loop) -> None:
+    late = loop.call_later(5, loop.stop)
+    done: list[int] = []
+
+    def in_lull() -> None:
+        loop.call_soon(lambda: done.append(1))
+        loop.call_soon(loop.stop)
+
+    loop.much_was_moved()
+    loop.call_in_lull(in_lull)
+    began = time.monotonic()
+    loop.run()
+    late.cancel()
+    assert done == [1] and time.monotonic() - began < 4

@@ -254,12 +254,12 @@ class Loop:
         poll, dense = self._poll, self._dense
         if dense:
             self._dense = dense - 1
-        if self._lull and (ready := self._before_lull()):
-            return ready
+        if self._lull:
+            return self._before_lull()
         if patience is not None and patience <= LINGER:
             return poll(patience, _MOST_EVENTS)
         began = time.monotonic()
-        ready = []
+        ready: list[tuple[int, int]] = []
         if not dense and self._last in self._soon_after:
             while not ready and (looked := time.monotonic() - began) <= LINGER:
                 ready = poll(0, _MOST_EVENTS)
@@ -275,7 +275,10 @@ class Loop:
         return ready
 
     def _before_lull(self) -> list[tuple[int, int]]:
-        """What is ready at once. If nothing is, or was not for long, does what waited for that."""
+        """What is ready at once. If nothing is, or was not for long, does what waited for that.
+
+        There is no sleep in the same turn: by then there may be something to do soon.
+        """
         ready = self._poll(0, _MOST_EVENTS)
         self._without_lull += 1
         if not ready or self._without_lull >= _LONGEST_WITHOUT_LULL:
