@@ -30,6 +30,7 @@ _ADDRESS = (1 << 64) - 1  # the first of a column of addresses
 _MOST_IN_TABLE = 64  # descriptors; a chain of more is rare, and not worth a case of its own
 _MOST_BYTES = 1 << 32  # of a chain, and so of all of them
 _NO_VIEWS: tuple[memoryview, ...] = ()
+_NO_ENTRIES = memoryview(b"").cast("H")
 
 
 class Run:
@@ -70,14 +71,10 @@ class Run:
         `DriverError` when the available index is impossible.
         """
         ring = self._ring
-        if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
+        words = _next_entries(ring, limit)
+        count = len(words)
+        if not count:
             return 0
-        slot = ring._next_avail & (ring.size - 1)
-        count = min(ring.waiting(), limit, ring.size - slot)
-        if count <= 0:
-            return 0
-        order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        words = ring._avail_words[2 + slot : 2 + slot + count]
         heads: Sequence[int] = self._take_few(words.tolist()) if count <= _FEW else ()
         if not heads:
             heads = self._take(words.tobytes())
@@ -290,16 +287,11 @@ class TableRun:
         None when one of their buffers is not in the one region, and while some are held already.
         Raises `DriverError` when the available index is impossible.
         """
+        if self.heads:
+            return 0
         ring = self._ring
-        if self.heads or ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
-            return 0
-        slot = ring._next_avail & (ring.size - 1)
-        count = min(ring.waiting(), limit, ring.size - slot)
-        if count <= 0:
-            return 0
-        order_loads()  # the entries are read after the index that covers them (2.7.13.3)
-        words = ring._avail_words[2 + slot : 2 + slot + count]
-        heads, addresses, lengths = self._read(words.tolist(), enough_bytes)
+        entries = _next_entries(ring, limit).tolist()
+        heads, addresses, lengths = self._read(entries, enough_bytes)
         if not heads:
             return 0
         start, room, _ = self._region
@@ -412,6 +404,21 @@ class TableRun:
 
 
 _NOTHING_WRITTEN = array("I", bytes(4 * TableRun.most_pieces))  # no chain is without a buffer
+
+
+def _next_entries(ring: SplitRing, limit: int) -> memoryview:
+    """Up to `limit` entries of the available ring that come next, as far as they lie side by side.
+
+    None while the ring has chains to give that came before them, or the device has one in order.
+    """
+    if ring._undone or ring._resubmit or ring._order or _BIG_ENDIAN:
+        return _NO_ENTRIES
+    slot = ring._next_avail & (ring.size - 1)
+    count = min(ring.waiting(), limit, ring.size - slot)
+    if count <= 0:
+        return _NO_ENTRIES
+    order_loads()  # the entries are read after the index that covers them (2.7.13.3)
+    return ring._avail_words[2 + slot : 2 + slot + count]
 
 
 def _let_go(ring: SplitRing, heads: array[int]) -> None:
