@@ -750,6 +750,11 @@ class Unhurried:
         bench.calls.clear()
         bench.used(0)
 
+    def use(self, head: int) -> None:
+        """Has the device deal with a chain."""
+        self.bench.offer(0, head)
+        self.device.notify(0)
+
     def lull(self) -> None:
         for callback in [self.waiting.pop() for _ in range(len(self.waiting))]:
             callback()
@@ -760,14 +765,12 @@ def test_what_is_published_without_haste_is_seen_at_once_and_called_for_in_a_lul
 ) -> None:
     unhurried = Unhurried(bench)
     for head in (1, 2):
-        bench.offer(0, head)
-        unhurried.device.notify(0)
+        unhurried.use(head)
         assert bench.used(0) == [(head, head + 1)] and not bench.calls
     assert len(unhurried.waiting) == 1
     unhurried.lull()
     assert bench.calls == [0] and not unhurried.waiting
-    bench.offer(0, 3)
-    unhurried.device.notify(0)
+    unhurried.use(3)
     unhurried.lull()
     assert bench.calls == [0, 0]
 
@@ -775,32 +778,27 @@ def test_what_is_published_without_haste_is_seen_at_once_and_called_for_in_a_lul
 def test_without_an_event_loop_there_is_no_lull_to_wait_for(bench: Bench) -> None:
     unhurried = Unhurried(bench)
     unhurried.device.on_can_wait = None
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     assert bench.calls == [0]
 
 
 def test_a_driver_that_looked_by_itself_meanwhile_is_not_called(bench: Bench) -> None:
     unhurried = Unhurried(bench, VERSION_1 | EVENT_IDX)
     bench.memory.write(AVAIL + 4 + 2 * 4, b"\1\0")  # used_event: at the next one
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     bench.memory.write(AVAIL + 4 + 2 * 4, b"\2\0")  # it has seen that one
     unhurried.lull()
     assert not bench.calls
-    bench.offer(0, 2)
-    unhurried.device.notify(0)
+    unhurried.use(2)
     unhurried.lull()
     assert bench.calls == [0]
 
 
 def test_a_call_in_haste_is_for_what_was_published_without_it_too(bench: Bench) -> None:
     unhurried = Unhurried(bench)
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     unhurried.device.haste = True
-    bench.offer(0, 2)
-    unhurried.device.notify(0)
+    unhurried.use(2)
     assert bench.calls == [0]
     unhurried.lull()
     assert bench.calls == [0]
@@ -808,8 +806,7 @@ def test_a_call_in_haste_is_for_what_was_published_without_it_too(bench: Bench) 
 
 def test_a_call_that_waits_is_made_before_its_queue_stops(bench: Bench) -> None:
     unhurried = Unhurried(bench)
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     unhurried.device.stop_queue(0)
     assert bench.calls == [0]
     unhurried.lull()
@@ -818,8 +815,7 @@ def test_a_call_that_waits_is_made_before_its_queue_stops(bench: Bench) -> None:
 
 def test_a_call_that_waits_is_made_though_the_device_needs_a_reset(bench: Bench) -> None:
     unhurried = Unhurried(bench)
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     unhurried.device.accept_features(0)
     assert unhurried.device.status & NEEDS_RESET
     unhurried.lull()
@@ -828,15 +824,13 @@ def test_a_call_that_waits_is_made_though_the_device_needs_a_reset(bench: Bench)
 
 def test_a_call_that_waits_is_forgotten_with_its_ring(bench: Bench) -> None:
     unhurried = Unhurried(bench)
-    bench.offer(0, 1)
-    unhurried.device.notify(0)
+    unhurried.use(1)
     unhurried.device.write_status(0)
     bench.bring_up()
     unhurried.lull()
     assert not bench.calls
     unhurried.device.haste = True
-    bench.offer(0, 0)
-    unhurried.device.notify(0)
+    unhurried.use(0)
     assert bench.calls == [0]
 
 

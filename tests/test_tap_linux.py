@@ -1032,6 +1032,7 @@ def test_frames_of_a_burst_that_the_kernel_refuses_are_counted(
 
 
 @needs_tap
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("answers", "dealt_with", "dropped"),
     [
@@ -1039,6 +1040,7 @@ def test_frames_of_a_burst_that_the_kernel_refuses_are_counted(
         ([-errno.EAGAIN] * 4, 0, {}),
         ([26, -errno.EAGAIN, 26, -errno.EAGAIN], 3, {"full": 1}),
         ([-errno.ENOMEM, 26, -errno.ENOBUFS, 26], 4, {"no memory": 2}),
+        ([12 + MAX_FRAME, 26, 12 + MAX_FRAME, 26], 4, {}),
         ([26, 26], 2, {}),  # the kernel would not start more
     ],
 )
@@ -1047,12 +1049,16 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
     answers: list[int],
     dealt_with: int,
     dropped: dict[str, int],
+    in_place: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
     monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
-    assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
+    if in_place:
+        assert send_in_place(outbox, [[PLAIN, bytes(14)]] * 4) == dealt_with
+    else:
+        assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     assert tap.ports[0].dropped == dropped
 
 
@@ -1166,31 +1172,6 @@ def test_frames_in_pieces_that_the_kernel_refuses_are_counted(
     tap.set_up(False)
     assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 3
     assert tap.ports[0].dropped == {"bad header": 2, "interface down": 3}
-
-
-@needs_tap
-@pytest.mark.parametrize(
-    ("answers", "dealt_with", "dropped"),
-    [
-        ([86, 86, -errno.EAGAIN, -errno.EAGAIN], 2, {}),
-        ([-errno.EAGAIN] * 4, 0, {}),
-        ([86, -errno.EAGAIN, 86, -errno.EAGAIN], 3, {"full": 1}),
-        ([-errno.ENOMEM, 86, -errno.ENOBUFS, 86], 4, {"no memory": 2}),
-        ([12 + MAX_FRAME, 86, 12 + MAX_FRAME, 86], 4, {}),
-        ([86, 86], 2, {}),  # the kernel would not start more
-    ],
-)
-def test_what_a_full_tap_did_not_take_in_pieces_is_left_with_the_caller(
-    tap: LinuxTap,
-    answers: list[int],
-    dealt_with: int,
-    dropped: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outbox = outbox_of(tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
-    assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 4) == dealt_with
-    assert tap.ports[0].dropped == dropped
 
 
 @needs_tap
