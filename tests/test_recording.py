@@ -273,6 +273,34 @@ def test_a_wish_that_changes_within_a_turn_is_found_when_it_was(tmp_path: Path) 
     assert_replays(path, OneByOne())
 
 
+def test_no_call_waits_while_a_session_is_recorded(tmp_path: Path) -> None:
+    """It would stand in the recording where nothing caused it."""
+
+    class Unhurried(Shouter):
+        def process(self, queue: Queue, ring: SplitRing) -> bool:
+            for chain in ring.pop_burst(8):
+                ring.write_used(chain)
+            self.publish_without_haste(queue)
+            return False
+
+    def use(wired: Wired) -> None:
+        wired.driver.probe()
+        device.on_can_wait = waiting.append
+        ring = wired.driver.queues[0]
+        for _ in range(3):
+            ring.add([(wired.driver.allocator.allocate(16), 16)])
+            ring.publish()
+            wired.transport.notify(0)
+            assert len(ring.collect()) == 1 and not waiting
+        device.on_can_wait = None
+
+    waiting: list[Callable[[], None]] = []
+    device = Unhurried()
+    path = tmp_path / "session.vqrec"
+    record(path, device, use)
+    assert_replays(path, Unhurried())
+
+
 # --- otherwise -----------------------------------------------------------------------------------
 
 

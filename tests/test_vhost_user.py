@@ -145,6 +145,26 @@ def test_a_chain_goes_through(talk: Talk) -> None:
     assert talk.shout(b"again") == [b"AGAIN"]
 
 
+def test_a_call_that_can_wait_waits_for_a_lull_of_the_loop(talk: Talk) -> None:
+    device = talk.device
+    talk.start()
+    talk.shout(b"the first call is always made")
+    assert talk.frontend.called() == 1
+    assert (device.on_can_wait, device.on_much_moved) == (
+        talk.loop.call_in_lull,
+        talk.loop.much_was_moved,
+    )
+    device.publish = device.publish_without_haste  # type: ignore[method-assign]
+    device.on_much_moved()
+    talk.ring.offer(b"hello")
+    device.notify(0)
+    assert talk.ring.take() == [b"HELLO"] and talk.frontend.called() == 0
+    talk.loop.run_once(0)
+    assert talk.frontend.called() == 1
+    talk.connection.close()
+    assert device.on_can_wait is device.on_much_moved is None
+
+
 def test_features_that_were_not_offered_end_the_connection(
     talk: Talk, caplog: pytest.LogCaptureFixture
 ) -> None:
