@@ -64,6 +64,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "fallocate": (285, 47),
     "fcntl": (72, 25),
     "fdatasync": (75, 83),
+    "fork": (57, None),
     "fstat": (5, 80),
     "fsync": (74, 82),
     "ftruncate": (77, 46),
@@ -72,6 +73,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "getdents64": (217, 61),
     "getpeername": (52, 205),
     "getpid": (39, 172),
+    "getppid": (110, 173),
     "getrandom": (318, 278),
     "getsockname": (51, 204),
     "getsockopt": (55, 209),
@@ -142,6 +144,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "uname": (63, 160),
     "unlink": (87, None),
     "unlinkat": (263, 35),
+    "wait4": (61, 260),
     "write": (1, 64),
     "writev": (20, 66),
 }

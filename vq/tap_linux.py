@@ -181,6 +181,10 @@ class _Batches:
             self.ring.lengths[:count] = lengths
             self._prepared = lengths[:]
 
+    def forget(self) -> None:
+        """What the entries are prepared for is not known any more."""
+        self._prepared, self._room = array("I"), array("I")
+
     def gather_headers(self, addresses: array[int]) -> memoryview:
         """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
         count = len(addresses)
@@ -293,6 +297,11 @@ class LinuxTapPort(Port):
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def was_used_elsewhere(self) -> None:
+        """See `Port.was_used_elsewhere`: the entries of io_uring are shared."""
+        if self._batches is not None:
+            self._batches.forget()
 
     def expect(self, longest: int) -> None:
         """The kernel makes frames of up to `longest` bytes from now on.
@@ -581,6 +590,20 @@ class LinuxTap(Tap):
             self.max_frame = min(ETHER_HEADER + TAGS + mtu, MAX_FRAME)
         for port in self.ports:
             port.expect(self.max_frame)
+
+    @property
+    def ports_are_apart(self) -> bool:  # type: ignore[override]
+        """Each queue has a descriptor of its own, and an io_uring."""
+        return len(self.ports) > 1
+
+    def serve_apart(self, on_truncated: Callable[[], None]) -> None:
+        """See `Link.serve_apart`."""
+        for port in self.ports:
+            port.on_truncated = on_truncated
+
+    def look_again(self) -> None:
+        """See `Link.look_again`."""
+        self._measure()
 
     def keep_control(self) -> None:
         """See `Tap.keep_control`."""

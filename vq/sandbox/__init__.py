@@ -25,6 +25,7 @@ __all__ = [
     "Policy",
     "User",
     "confine",
+    "end_with_parent",
     "facilities",
     "find_user",
     "keep_helper_privileges",
@@ -77,6 +78,19 @@ def keep_helper_privileges(*, taps: bool, again: bool) -> None:
         from vq.sandbox import linux
 
         linux.keep_helper_privileges(taps=taps, again=again)
+
+
+def end_with_parent(parent: int) -> None:
+    """Has this process end when the one that it was forked from, `parent`, ends.
+
+    Where the system does not know how, it is for the process to find out by itself.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import linux
+
+        linux.end_with_parent()
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def facilities() -> dict[str, bool | int]:

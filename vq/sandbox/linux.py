@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import platform
+import signal
 from collections.abc import Collection
 
 from vq.sandbox import capabilities, landlock, limits, namespaces
@@ -35,6 +36,7 @@ from vq.system_calls import number_of
 
 __all__ = [
     "confine",
+    "end_with_parent",
     "facilities",
     "filter_for",
     "keep_helper_privileges",
@@ -42,6 +44,7 @@ __all__ = [
     "listed_ioctls",
 ]
 
+PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_SET_SECCOMP = 22
@@ -51,6 +54,8 @@ PROT_EXEC = 4
 AT_EMPTY_PATH = 0x1000
 AF_UNIX = 1
 CLONE_THREAD = 0x00010000
+CLONE_CHILD_CLEARTID = 0x00200000
+CLONE_CHILD_SETTID = 0x01000000
 
 SYSTEM_CALLS = (
     # objects and their memory
@@ -86,8 +91,14 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "newfstatat": (HasBits(3, AT_EMPTY_PATH),),
     "socket": (Is(0, AF_UNIX),),
     "clone": (HasBits(0, CLONE_THREAD),),
+    # What a process does that serves some queues of a device's, and who ends it.
+    "kill": (Is(1, signal.SIGKILL),),
+    "prctl": (Is(0, PR_SET_PDEATHSIG),),
 }
 """On which conditions a listed call is allowed."""
+
+FORK = (CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | signal.SIGCHLD, signal.SIGCHLD)
+"""What C libraries pass to clone(2) for fork(3): nothing is shared, and no namespace is new."""
 
 
 def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
@@ -135,6 +146,11 @@ def keep_helper_privileges(*, taps: bool, again: bool, libc: Libc | None = None)
     capabilities.keep_only(libc, kept & has)
 
 
+def end_with_parent(*, libc: Libc | None = None) -> None:
+    """See `vq.sandbox.end_with_parent`."""
+    (libc or Libc()).call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
 def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
     """What this host has for `confine`, each tried without lasting effect."""
     libc = libc or Libc()
@@ -165,10 +181,12 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     names = listed_calls()
     allowed: list[Call] = []
     for name in names:
-        number = number_of(name, machine)
+        number = number_of("clone" if name == "fork" else name, machine)
         if number is None or name in UNKNOWN:
             continue
-        if name == "ioctl":
+        if name == "fork":
+            allowed += [Call(number, (Is(0, flags),)) for flags in FORK]
+        elif name == "ioctl":
             requests = dict.fromkeys((*listed_ioctls(), *policy.ioctls))
             allowed += [Call(number, (Is(1, request),)) for request in requests]
         else:

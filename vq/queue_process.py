@@ -1,0 +1,233 @@
+"""A process for some queues of a device, forked from the one that serves the device.
+
+Both have the guest's memory, and the descriptors that were open. Over a socket the forked process
+says what it counted, and gives the queues back: when it is asked to, or by itself where there is
+something that is not its own to decide. It ends when the other one does.
+
+A message is a JSON object in a datagram. The process that serves the device believes none of them:
+the other one has read what a guest wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from vq.errors import DriverError, VqError
+from vq.exit_status import describe_end
+from vq.loop import Loop
+from vq.sandbox import end_with_parent
+from vq.shared_fd import Watchdog
+from vq.vring import Position, Return
+
+__all__ = ["QueueProcess", "Serving"]
+
+log = logging.getLogger(__name__)
+
+SYSTEM_CALLS = (
+    # what makes a process, ends it, and waits for its end
+    *("fork", "getppid", "kill", "prctl", "set_robust_list", "wait4"),
+    # its socket, and its loop
+    *("epoll_create1", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
+)
+
+PATIENCE = 2.0
+"""Seconds in which the queues have to be back. A turn takes milliseconds, and `Watchdog` ends what
+lasts."""
+TELL_SECONDS = 1.0
+"""How often the forked process says what it counted."""
+_MAX_MESSAGE = 1 << 18
+_GIVE_BACK = b"give back"
+_NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)
+
+
+class Serving(NamedTuple):
+    """What a forked process does."""
+
+    start: Callable[[Loop, Callable[[], None]], None]
+    """Begins to serve the queues on a loop; the function is for giving them back."""
+    stop: Callable[[], Return]
+    """Ends that."""
+    stats: Counter[str]
+    """What is counted meanwhile."""
+
+
+class QueueProcess:
+    """The forked process, seen from the one that serves the device.
+
+    `serve` is called in the forked process; it may close what is not for it, and says what to do
+    there. Here `on_stats` is called for what was counted, and `on_return` once when the queues came
+    back without having been asked for, or the process died. Raises `OSError` when there can be no
+    other process.
+    """
+
+    def __init__(
+        self,
+        queues: Collection[int],
+        loop: Loop,
+        serve: Callable[[], Serving],
+        *,
+        on_stats: Callable[[Mapping[str, int]], None],
+        on_return: Callable[[Return], None],
+    ) -> None:
+        self.queues = frozenset(queues)
+        self._loop = loop
+        self._on_stats = on_stats
+        self._on_return = on_return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        try:
+            self.pid = os.fork()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        if self.pid == 0:
+            ours.close()
+            _live(theirs, parent, serve)
+        theirs.close()
+        self._socket = ours
+        self._died = False
+        loop.watch(ours.fileno(), readable=self._readable)
+
+    def recall(self) -> Return:
+        """Has the queues given back, and the process ended; waits for that."""
+        with suppress(OSError):  # it is dead, which reading tells
+            self._socket.send(_GIVE_BACK, _NO_SIGNAL)
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        returned = None
+        while returned is None:
+            if not poll.poll(PATIENCE * 1000):
+                log.error("process %d does not give its queues back, and is killed", self.pid)
+                returned = Return({})
+            else:
+                returned = self._receive()
+        self._end()
+        return returned
+
+    def _readable(self) -> None:
+        returned = self._receive()
+        if returned is not None:
+            self._end()
+            self._on_return(returned)
+
+    def _receive(self) -> Return | None:
+        """Takes one message; what was given back, if that is what it says."""
+        try:
+            data = self._socket.recv(_MAX_MESSAGE)
+        except OSError:
+            data = b""
+        if not data:
+            self._died = True
+            return Return({})
+        try:
+            return self._understand(json.loads(data))
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+            log.error("process %d does not make sense, and is ended: %r", self.pid, error)
+            return Return({})
+
+    def _understand(self, message: dict[str, Any]) -> Return | None:
+        stats = {str(name): int(count) for name, count in message["stats"].items()}
+        if any(count < 0 for count in stats.values()):
+            raise ValueError("a negative count")
+        self._on_stats(stats)
+        if "rings" not in message:
+            return None
+        positions = {
+            int(index): Position(
+                _index(next_avail),
+                None if next_used is None else _index(next_used),
+                tuple(map(_index, unfinished)),
+            )
+            for index, next_avail, next_used, unfinished in message["rings"]
+        }
+        if positions.keys() - self.queues:
+            raise ValueError("a queue that it never had")
+        fault = message["fault"]
+        return Return(positions, None if fault is None else _fault_from(fault))
+
+    def _end(self) -> None:
+        """Makes sure that nobody but this process touches the queues any more."""
+        self._loop.watch(self._socket.fileno())
+        self._socket.close()
+        os.kill(self.pid, signal.SIGKILL)  # it has nothing left to do, or is not to do it
+        _, status = os.waitpid(self.pid, 0)
+        if self._died:
+            name = f"process {self.pid}, which served {len(self.queues)} queues,"
+            log.error("%s", describe_end(status, name)[1] or f"{name} ended")
+
+
+def _live(sock: socket.socket, parent: int, serve: Callable[[], Serving]) -> None:
+    """The forked process' life."""
+    status = 1
+    try:
+        # Whoever stops the service tells the process that serves the device, and that tells us.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        end_with_parent(parent)
+        _serve(sock, serve())
+        status = 0
+    except BaseException:
+        log.exception("process %d failed", os.getpid())
+    finally:
+        os._exit(status)
+
+
+def _serve(sock: socket.socket, serving: Serving) -> None:
+    loop = Loop()
+
+    def tell() -> None:
+        if serving.stats:
+            _tell(sock, stats=serving.stats)
+            serving.stats.clear()
+        loop.call_later(TELL_SECONDS, tell)
+
+    def recalled() -> None:
+        # What is not read makes an error of what is said (unix(7): ECONNRESET).
+        sock.recv(len(_GIVE_BACK))
+        loop.stop()
+
+    loop.watch(sock.fileno(), readable=recalled)
+    loop.call_later(TELL_SECONDS, tell)
+    with Watchdog():
+        serving.start(loop, loop.stop)
+        loop.run()
+        returned = serving.stop()
+    rings = [(index, *position) for index, position in returned.positions.items()]
+    _tell(sock, stats=serving.stats, rings=rings, fault=_fault_as_data(returned.fault))
+
+
+def _tell(sock: socket.socket, **message: object) -> None:
+    with suppress(OSError):  # the other process is gone, and so is this one in a moment
+        sock.send(json.dumps(message).encode(), _NO_SIGNAL)
+
+
+def _index(number: object) -> int:
+    """A position in a ring, or a chain's head; `ValueError` for anything else."""
+    if not isinstance(number, int) or not 0 <= number <= 0xFFFF:
+        raise ValueError(f"{number!r} is not 16 bits")
+    return number
+
+
+def _fault_as_data(fault: Exception | None) -> dict[str, Any] | None:
+    if fault is None:
+        return None
+    if isinstance(fault, DriverError):
+        place = {"queue": fault.queue, "head": fault.head, "section": fault.section}
+        return {"reason": fault.reason, **place}
+    return {"error": f"{type(fault).__name__}: {fault}"}
+
+
+def _fault_from(data: dict[str, Any]) -> Exception:
+    if "error" in data:
+        return VqError(str(data["error"]))
+    return DriverError(**data)
