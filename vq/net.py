@@ -764,6 +764,7 @@ class NetDevice(Device):
             window.configure(
                 takes=takes,
                 wants=wants,
+                always_wanted=self.filter.own_address,
                 private=self.lock_mac,
                 largest_plain=None if mtu is None else mtu + _ETHERNET_AND_VLANS,
             )
