@@ -69,6 +69,7 @@ class Model(DeviceModel):
         ),
         ({"queues": [(16, "requests", ignore)]}, r"\(name, largest size, handler\)"),
         ({"queues": [("requests", 16, "ignore")]}, r"\(name, largest size, handler\)"),
+        ({"queues": [("in", 16, ignore), ("in", 8, None)]}, "two queues have the name 'in'"),
         ({"queues": ["abc"]}, r"\(name, largest size, handler\)"),
         ({"queues": ("requests", 16, ignore)}, r"\(name, largest size, handler\), not 'requests'"),
     ],
