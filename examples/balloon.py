@@ -61,6 +61,7 @@ class Balloon(DeviceModel):
     device_id = DeviceId.BALLOON
     feature_bits = Feature
     config_writable = ("actual",)
+    host_methods = ("set_target",)  # a recorded session has it, and a replay does it again
     from_outside: ClassVar = ("statistics",)  # when they are asked for is the host's time
 
     def __init__(self, control: str | None = None) -> None:

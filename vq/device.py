@@ -179,6 +179,12 @@ class Device(ABC):
 
     They may have * and ?. A session that was recorded can only be replayed up to what comes there.
     """
+    host_methods: ClassVar[Collection[str]] = ()
+    """Methods by which the host does something to the device that no driver can do.
+
+    A session that is recorded has their calls, and a replay makes them. Arguments are numbers and
+    bytes.
+    """
     ring_class: Callable[..., SplitRing] = SplitRing
     """What makes the rings: with a class derived from `SplitRing` one can listen in."""
 

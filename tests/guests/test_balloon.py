@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vq.errors import CaptureError
 from vq.recording import Recorder
 from vq.testing.guest import Guest, UmlGuest
 from vq.testing.hostile import hostile_driver_battery
@@ -77,12 +78,29 @@ def test_a_page_that_is_no_memory_is_the_drivers_fault(vq_wire: Callable[..., Wi
         wired.request(INFLATE, numbers(0xFFFFF))
 
 
-def test_a_session_is_replayed(tmp_path: Path, vq_replay: Callable[..., None]) -> None:
+def test_a_session_is_replayed_with_what_the_host_did(
+    tmp_path: Path, vq_replay: Callable[..., None]
+) -> None:
     device = balloon.Balloon()
     with Recorder(device, tmp_path / "balloon.vqrec"), wire(device) as wired:
         wired.driver.probe()
         exercise(wired)
+        device.set_target(mebibytes=4)
+        assert wired.driver.read_config(0, 4) == struct.pack("<I", 1024)
     vq_replay(tmp_path / "balloon.vqrec", balloon.Balloon())
+
+    class Lazy(balloon.Balloon):  # type: ignore[misc, name-defined]
+        def set_target(self, mebibytes: int) -> None:
+            """Does nothing."""
+
+    with pytest.raises(AssertionError, match="the driver is not told of a change"):
+        vq_replay(tmp_path / "balloon.vqrec", Lazy())
+
+    class Older(balloon.Balloon):  # type: ignore[misc, name-defined]
+        host_methods = ()
+
+    with pytest.raises(CaptureError, match="set_target, which is none of Older's host_methods"):
+        vq_replay(tmp_path / "balloon.vqrec", Older())
 
 
 def test_linux_lends_its_memory_and_the_host_frees_it(vq_guest: Callable[..., ServedGuest]) -> None:
