@@ -18,6 +18,7 @@ from vq.driver import DeviceError
 from vq.errors import UsageError
 from vq.link import LoopbackLink
 from vq.memory import GuestMemory
+from vq.mmio import MmioRegisters
 from vq.model import DeviceModel
 from vq.net import NetDevice
 from vq.net_driver import NetDriver
@@ -158,6 +159,8 @@ def test_what_is_no_device_is_named(
         vq_wire(device)
     with pytest.raises(UsageError, match=complaint):
         vq_guest(device)
+    with pytest.raises(UsageError, match=complaint):
+        MmioRegisters(device)
 
 
 def test_a_device_is_one_loops(vq_wire: Wire, tmp_path: Path) -> None:
