@@ -84,10 +84,10 @@ class Wired:
 
         Raises `DeviceError` after `timeout` seconds, by default five.
         """
-        self._wait_until(condition, lambda: what, timeout)
+        self._wait_until(condition, lambda time: f"{what} did not happen in {time}", timeout)
 
     def _wait_until(
-        self, condition: Callable[[], object], what: Callable[[], str], timeout: float | None
+        self, condition: Callable[[], object], failure: Callable[[str], str], timeout: float | None
     ) -> None:
         patience = PATIENCE if timeout is None else timeout
         deadline = time.monotonic() + patience
@@ -96,7 +96,7 @@ class Wired:
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise DeviceError(f"{what()} did not happen in {patience:g} seconds")
+                raise DeviceError(failure(f"{patience:g} seconds"))
             self.loop.run_once(0.001)
 
     def request(
@@ -150,17 +150,19 @@ class Wired:
             answer.extend(used.written for used in ring.collect() if used.token is token)
             return bool(answer)
 
-        self._wait_until(answered, lambda: self._answer(queue), timeout)
+        self._wait_until(answered, lambda time: self._no_answer(queue, time), timeout)
         written = self.memory.read(start + len(data), answer[0])
         driver.allocator.free(start)
         return written
 
-    def _answer(self, queue: int) -> str:
-        """An answer that does not come, and where the request is meanwhile."""
+    def _no_answer(self, queue: int, time: str) -> str:
+        """That none came in time, and where the request is."""
         ring = self.device.queues[queue].ring
-        held = ring.outstanding if ring is not None else 0
-        where = f"holds {held}, and has not completed them" if held else "has taken none"
-        return f"an answer on queue {queue} (of its requests the device {where})"
+        if held := ring.outstanding if ring is not None else 0:
+            where = f"has not completed {held} that it has taken"
+        else:
+            where = "has taken none"
+        return f"no answer on queue {queue} in {time}: of the requests there the device {where}"
 
     def _check_health(self) -> None:
         if self.transport.status & Status.NEEDS_RESET:
