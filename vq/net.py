@@ -142,6 +142,7 @@ class NetDevice(Device):
 
     device_id = DeviceId.NET
     feature_bits = NetFeature
+    host_methods = ("set_link_up", "set_mtu", "send_rarp")
     feature_needs: ClassVar[Mapping[int, int]] = {  # virtio 1.3, 5.1.3.1
         NetFeature.GUEST_TSO4: _GUEST_CSUM,
         NetFeature.GUEST_TSO6: _GUEST_CSUM,
