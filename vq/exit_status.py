@@ -12,7 +12,8 @@ __all__ = ["describe_end"]
 
 _SIGNALS = {
     signal.SIGBUS: "memory that a guest shares was cut short under it, or the host has none left",
-    signal.SIGSYS: "it made a system call that is not on its list",
+    signal.SIGSYS: "it made a system call that is not on its list (for a model of your own see"
+    ' docs/security.md, "System calls")',
     signal.SIGKILL: "somebody killed it, or the host ran out of memory",
     signal.SIGSEGV: "it touched memory that is not there",
 }
