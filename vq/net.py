@@ -17,6 +17,7 @@ import json
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain as joined
 from typing import Any, ClassVar, TypeVar
@@ -405,8 +406,9 @@ class NetDevice(Device):
         self.link.ports[self._port_index(queue)].was_used_elsewhere()
 
     def look_again(self) -> None:
-        """Has the link look how long frames may be."""
-        self.link.look_again()
+        """Has the link look how long frames may be. One that is gone is found to be by the next."""
+        with suppress(OSError):
+            self.link.look_again()
 
     def _bring_home(self) -> None:
         if self.on_shared_change is not None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from vq.errors import DriverError, VqError
 from vq.exit_status import describe_end
 from vq.loop import Loop
-from vq.sandbox import end_with_parent
+from vq.sandbox import be_ended, end_process
 from vq.shared_fd import Watchdog
 from vq.vring import Position, Return
 
@@ -33,8 +33,8 @@ __all__ = ["QueueProcess", "Serving"]
 log = logging.getLogger(__name__)
 
 SYSTEM_CALLS = (
-    # what makes a process, ends it, and waits for its end
-    *("fork", "getppid", "kill", "prctl", "set_robust_list", "wait4"),
+    # what makes a process, and waits for its end
+    *("fork", "getppid", "prctl", "set_robust_list", "wait4"),
     # its socket, and its loop
     *("epoll_create1", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
 )
@@ -83,17 +83,22 @@ class QueueProcess:
         self._on_stats = on_stats
         self._on_return = on_return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        watched, self._switch = os.pipe()
         parent = os.getpid()
         try:
             self.pid = os.fork()
         except BaseException:
             ours.close()
             theirs.close()
+            os.close(watched)
+            os.close(self._switch)
             raise
         if self.pid == 0:
             ours.close()
-            _live(theirs, parent, serve)
+            os.close(self._switch)
+            _live(theirs, parent, watched, serve)
         theirs.close()
+        os.close(watched)
         self._socket = ours
         self._died = False
         loop.watch(ours.fileno(), readable=self._readable)
@@ -159,21 +164,21 @@ class QueueProcess:
         """Makes sure that nobody but this process touches the queues any more."""
         self._loop.watch(self._socket.fileno())
         self._socket.close()
-        os.kill(self.pid, signal.SIGKILL)  # it has nothing left to do, or is not to do it
+        end_process(self.pid, self._switch)  # it has nothing left to do, or is not to do it
         _, status = os.waitpid(self.pid, 0)
         if self._died:
             name = f"process {self.pid}, which served {len(self.queues)} queues,"
             log.error("%s", describe_end(status, name)[1] or f"{name} ended")
 
 
-def _live(sock: socket.socket, parent: int, serve: Callable[[], Serving]) -> None:
+def _live(sock: socket.socket, parent: int, switch: int, serve: Callable[[], Serving]) -> None:
     """The forked process' life."""
     status = 1
     try:
         # Whoever stops the service tells the process that serves the device, and that tells us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        end_with_parent(parent)
+        be_ended(parent, switch)
         _serve(sock, serve())
         status = 0
     except BaseException:

@@ -639,7 +639,7 @@ class Backend:
         self._start(vring, wanted)
         if vring.held is not Held.DISABLED:
             return
-        if before is Held.ENABLED:
+        if before in (Held.ENABLED, Held.LENT):
             self.device.notify(vring.index)
         else:
             look = partial(self._look_at_disabled, vring)

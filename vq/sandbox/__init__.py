@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -24,8 +25,9 @@ __all__ = [
     "Confinement",
     "Policy",
     "User",
+    "be_ended",
     "confine",
-    "end_with_parent",
+    "end_process",
     "facilities",
     "find_user",
     "keep_helper_privileges",
@@ -80,17 +82,29 @@ def keep_helper_privileges(*, taps: bool, again: bool) -> None:
         linux.keep_helper_privileges(taps=taps, again=again)
 
 
-def end_with_parent(parent: int) -> None:
-    """Has this process end when the one that it was forked from, `parent`, ends.
+def be_ended(parent: int, switch: int) -> None:
+    """In a process that was forked by `parent`: has it end when that one ends, or wants it to.
 
-    Where the system does not know how, it is for the process to find out by itself.
+    `switch` is a pipe's reading end, whose other one `end_process` gets. Where the system does not
+    know how, it is for the process to find out by itself that it has no parent any more.
     """
     if sys.platform == "linux":
         from vq.sandbox import linux
 
         linux.end_with_parent()
+        linux.end_by(switch)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
+
+
+def end_process(pid: int, switch: int) -> None:
+    """Ends a process that called `be_ended`, whatever it is doing; closes `switch`.
+
+    On Linux that takes no kill(2), with which one could end others, too.
+    """
+    os.close(switch)
+    if sys.platform != "linux":
+        os.kill(pid, signal.SIGKILL)
 
 
 def facilities() -> dict[str, bool | int]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import os
 import platform
 import signal
 from collections.abc import Collection
@@ -36,6 +38,7 @@ from vq.system_calls import number_of
 
 __all__ = [
     "confine",
+    "end_by",
     "end_with_parent",
     "facilities",
     "filter_for",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 PR_SET_PDEATHSIG = 1
+F_SETSIG = 10
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_SET_SECCOMP = 22
@@ -91,8 +95,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "newfstatat": (HasBits(3, AT_EMPTY_PATH),),
     "socket": (Is(0, AF_UNIX),),
     "clone": (HasBits(0, CLONE_THREAD),),
-    # What a process does that serves some queues of a device's, and who ends it.
-    "kill": (Is(1, signal.SIGKILL),),
+    # A process that serves some of a device's queues ends with the one that serves the device.
     "prctl": (Is(0, PR_SET_PDEATHSIG),),
 }
 """On which conditions a listed call is allowed."""
@@ -147,8 +150,18 @@ def keep_helper_privileges(*, taps: bool, again: bool, libc: Libc | None = None)
 
 
 def end_with_parent(*, libc: Libc | None = None) -> None:
-    """See `vq.sandbox.end_with_parent`."""
+    """This process is killed when the one that forked it ends (PR_SET_PDEATHSIG(2const))."""
     (libc or Libc()).call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def end_by(fd: int) -> None:
+    """This process is killed when something comes, or will never come, from a pipe's other end.
+
+    The kernel sends a signal then, and may be told which (fcntl(2), F_SETSIG).
+    """
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
