@@ -186,6 +186,8 @@ def filter_for(policy: Policy, machine: str) -> bytes:
             continue
         if name == "fork":
             allowed += [Call(number, (Is(0, flags),)) for flags in FORK]
+            plain = number_of(name, machine)  # musl's, where there is one
+            allowed += [] if plain is None else [Call(plain)]
         elif name == "ioctl":
             requests = dict.fromkeys((*listed_ioctls(), *policy.ioctls))
             allowed += [Call(number, (Is(1, request),)) for request in requests]
