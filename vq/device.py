@@ -463,6 +463,7 @@ class Device(ABC):
         ring = queue.ring
         if queue.enabled:
             self._run("queue_stopping", self.queue_stopping, queue)
+        queue.call_waits = True  # if there is one to be made: the next ring knows nothing of it
         self._make_call(queue)
         next_avail = ring.next_avail
         queue.unfinished = [*queue.unfinished, *ring.left_over]
@@ -478,9 +479,10 @@ class Device(ABC):
         """
         self._drop_ring(self.queues[index])
 
-    def queues_apart(self, processes: int) -> Sequence[Collection[int]]:
-        """The queues, by index, that up to `processes` - 1 other processes may serve: a set for
-        each. Those that are in none stay with the process that has all of the device."""
+    def queues_apart(self, processes: int) -> Sequence[Collection[Collection[int]]]:
+        """The queues, by index, that up to `processes` - 1 other processes may serve: for each the
+        sets of those that have something in common, and so go together or not at all. Queues that
+        are in none stay with the process that has all of the device."""
         return ()
 
     def lend_queue(self, index: int) -> int:

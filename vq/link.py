@@ -17,7 +17,7 @@ import errno
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar, Protocol, TypeAlias
 
 from vq.gather import IoVectors
@@ -245,8 +245,8 @@ class Link(ABC):
     def activate_ports(self, count: int) -> None:
         """Uses the first `count` ports only; the others neither take nor give frames."""
 
-    def serve_apart(self, on_truncated: Callable[[], None]) -> None:
-        """In a process that was forked to use some of the ports: nothing else is its own.
+    def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
+        """In a process that was forked to use these ports: lets go of what it has of the others.
 
         `on_truncated` is called when a frame was longer than expected.
         """

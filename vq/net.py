@@ -383,13 +383,13 @@ class NetDevice(Device):
 
     # --- for several processes (`vq.vhost_processes`) ---------------------------------------------
 
-    def queues_apart(self, processes: int) -> Sequence[Collection[int]]:
-        """Queue pairs in turn, for as many as have a port of their own. The first stays here."""
-        if not self.link.ports_are_apart:
+    def queues_apart(self, processes: int) -> Sequence[Collection[Collection[int]]]:
+        """Queue pairs in turn, where each has a port of its own. The first stays here."""
+        if not self.link.ports_are_apart or self._max_pairs > len(self.link.ports):
             return ()
-        pairs = min(self._pairs_in_use, len(self.link.ports))
+        pairs = self._pairs_in_use
         return [
-            [index for pair in range(part, pairs, processes) for index in (2 * pair, 2 * pair + 1)]
+            [(2 * pair, 2 * pair + 1) for pair in range(part, pairs, processes)]
             for part in range(1, processes)
         ]
 
@@ -399,14 +399,15 @@ class NetDevice(Device):
         super().keep_only(indices)
         for watch in self.watches:
             watch.want(reading=False, writing=False)
-        self.link.serve_apart(self._notify_config_change)
+        self._recovery.set(None)
+        self.link.serve_apart({index // 2 for index in indices}, self._notify_config_change)
 
     def queue_came_home(self, queue: Queue) -> None:
         """Has the port forget what it knew."""
         self.link.ports[self._port_index(queue)].was_used_elsewhere()
 
     def look_again(self) -> None:
-        """Has the link look how long frames may be. One that is gone is found to be by the next."""
+        """Has the link look how long frames may be. If it is gone the next frame finds that out."""
         with suppress(OSError):
             self.link.look_again()
 
@@ -931,8 +932,11 @@ class NetDevice(Device):
             watch.want(writing=bool(self._waiting_for(port_index)))
 
     def _port_broke(self, index: int, error: OSError) -> None:
-        log.error("%s: the link broke: %s", self.link.name, in_words(error))
         self._broken.add(index)
+        if self._is_part:
+            self._notify_config_change()  # the other process finds that, too, and says so
+            return
+        log.error("%s: the link broke: %s", self.link.name, in_words(error))
         watch = self._port_watches[index]
         if watch is not None:
             watch.want(reading=False, writing=False)

@@ -16,15 +16,16 @@ import os
 import select
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from vq.errors import DriverError, VqError
+from vq.errors import DriverError, VqError, in_words
 from vq.exit_status import describe_end
 from vq.loop import Loop
-from vq.sandbox import be_ended, end_process
+from vq.sandbox import KillSwitch, end_with_parent
 from vq.shared_fd import Watchdog
 from vq.vring import Position, Return
 
@@ -45,6 +46,12 @@ lasts."""
 TELL_SECONDS = 1.0
 """How often the forked process says what it counted."""
 _MAX_MESSAGE = 1 << 18
+_MOST_NAMES, _LONGEST_NAME = 256, 80
+"""Of counters that it may have, however long it lives."""
+_NONSENSE = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
+_IGNORED = (signal.SIGTERM, signal.SIGINT)
 _GIVE_BACK = b"give back"
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)
 
@@ -82,26 +89,32 @@ class QueueProcess:
         self._loop = loop
         self._on_stats = on_stats
         self._on_return = on_return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        watched, self._switch = os.pipe()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._switch = KillSwitch()
+        self.pid = -1
+        self._died = False
+        self._names: set[str] = set()  # of what it counted
         parent = os.getpid()
+        # A signal between the fork and what the process does about it waits for that.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         try:
             self.pid = os.fork()
+            if self.pid == 0:
+                self._socket.close()
+                self._switch.let_go()
+                _live(theirs, parent, blocked, serve)
         except BaseException:
-            ours.close()
-            theirs.close()
-            os.close(watched)
-            os.close(self._switch)
+            self._socket.close()
             raise
-        if self.pid == 0:
-            ours.close()
-            os.close(self._switch)
-            _live(theirs, parent, watched, serve)
-        theirs.close()
-        os.close(watched)
-        self._socket = ours
-        self._died = False
-        loop.watch(ours.fileno(), readable=self._readable)
+        finally:
+            theirs.close()
+            self._switch.arm(self.pid)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        try:
+            loop.watch(self._socket.fileno(), readable=self._readable)
+        except BaseException:
+            self._end()
+            raise
 
     def recall(self) -> Return:
         """Has the queues given back, and the process ended; waits for that."""
@@ -109,9 +122,10 @@ class QueueProcess:
             self._socket.send(_GIVE_BACK, _NO_SIGNAL)
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
+        deadline = time.monotonic() + PATIENCE  # for all that it says
         returned = None
         while returned is None:
-            if not poll.poll(PATIENCE * 1000):
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 log.error("process %d does not give its queues back, and is killed", self.pid)
                 returned = Return({})
             else:
@@ -127,23 +141,31 @@ class QueueProcess:
 
     def _receive(self) -> Return | None:
         """Takes one message; what was given back, if that is what it says."""
-        try:
-            data = self._socket.recv(_MAX_MESSAGE)
-        except OSError:
-            data = b""
+        data = b""
+        for _ in range(2):
+            try:
+                data = self._socket.recv(_MAX_MESSAGE)
+                break
+            except ConnectionResetError:
+                # It ended without having read what it was asked; once. What it said before is
+                # there all the same.
+                continue
+            except OSError:
+                break
         if not data:
             self._died = True
             return Return({})
         try:
             return self._understand(json.loads(data))
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-            log.error("process %d does not make sense, and is ended: %r", self.pid, error)
+        except _NONSENSE as error:
+            log.error("process %d does not make sense, and is ended: %.200r", self.pid, error)
             return Return({})
 
     def _understand(self, message: dict[str, Any]) -> Return | None:
-        stats = {str(name): int(count) for name, count in message["stats"].items()}
-        if any(count < 0 for count in stats.values()):
-            raise ValueError("a negative count")
+        stats = {str(name): _count(count) for name, count in message["stats"].items()}
+        self._names |= stats.keys()
+        if len(self._names) > _MOST_NAMES or not all(map(_is_name, stats)):
+            raise ValueError("names that nothing is counted under")
         self._on_stats(stats)
         if "rings" not in message:
             return None
@@ -164,23 +186,31 @@ class QueueProcess:
         """Makes sure that nobody but this process touches the queues any more."""
         self._loop.watch(self._socket.fileno())
         self._socket.close()
-        end_process(self.pid, self._switch)  # it has nothing left to do, or is not to do it
+        self._switch.end()  # it has nothing left to do, or is not to do it
         _, status = os.waitpid(self.pid, 0)
         if self._died:
             name = f"process {self.pid}, which served {len(self.queues)} queues,"
             log.error("%s", describe_end(status, name)[1] or f"{name} ended")
 
 
-def _live(sock: socket.socket, parent: int, switch: int, serve: Callable[[], Serving]) -> None:
-    """The forked process' life."""
+def _live(
+    sock: socket.socket,
+    parent: int,
+    blocked: set[int | signal.Signals],
+    serve: Callable[[], Serving],
+) -> None:
+    """The forked process' life; `blocked` are the signals that were so before the fork."""
     status = 1
     try:
         # Whoever stops the service tells the process that serves the device, and that tells us.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        be_ended(parent, switch)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        end_with_parent(parent)
         _serve(sock, serve())
         status = 0
+    except (VqError, OSError) as error:
+        log.error("process %d: %s", os.getpid(), in_words(error))
     except BaseException:
         log.exception("process %d failed", os.getpid())
     finally:
@@ -223,6 +253,18 @@ def _index(number: object) -> int:
     return number
 
 
+def _count(number: object) -> int:
+    """How often something happened, or how many bytes; `ValueError` for anything else."""
+    if not isinstance(number, int) or not 0 <= number < 1 << 64:
+        raise ValueError(f"{number!r} is not a count")
+    return number
+
+
+def _is_name(name: str) -> bool:
+    """Whether that can be something that a device counts."""
+    return len(name) <= _LONGEST_NAME and name.isprintable()
+
+
 def _fault_as_data(fault: Exception | None) -> dict[str, Any] | None:
     if fault is None:
         return None
@@ -233,6 +275,9 @@ def _fault_as_data(fault: Exception | None) -> dict[str, Any] | None:
 
 
 def _fault_from(data: dict[str, Any]) -> Exception:
+    for name, value in data.items():
+        if not isinstance(value, int if name == "head" else str) and value is not None:
+            raise TypeError(f"{name} is {value!r}")
     if "error" in data:
-        return VqError(str(data["error"]))
+        return VqError(data["error"])
     return DriverError(**data)

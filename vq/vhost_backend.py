@@ -784,7 +784,7 @@ class Backend:
         polled = [
             vring
             for vring in self.vrings
-            if vring.held is not Held.NOTHING and vring.kick is Kick.POLLED
+            if vring.held in (Held.DISABLED, Held.ENABLED) and vring.kick is Kick.POLLED
         ]
         for vring in polled:
             self.device.notify(vring.index)
@@ -837,12 +837,12 @@ class Backend:
 
     def come_home(self, vring: Vring, position: Position | None) -> None:
         """See `vq.vhost_processes.Rings`."""
-        if position is None:
-            position = self._used_position(vring)
-        vring.base, vring.next_used, unfinished = position
+        vring.base, vring.next_used, unfinished = position or self._used_position(vring)
         vring.held = Held.NOTHING
         self.device.take_queue_back(vring.index, unfinished)
         self._start(vring, Held.ENABLED)
+        if position is None:
+            self._call(vring.index)  # the last call may have died with the process
 
     def _used_position(self, vring: Vring) -> Position:
         """Where to go on with a ring of which only guest memory knows: where the used ring stands.
@@ -859,6 +859,9 @@ class Backend:
         self, queues: Collection[int], loop: Loop, give_back: Callable[[], None]
     ) -> None:
         """See `vq.vhost_processes.Rings`."""
+        for other in (self._channel, self._transfer):  # the frontend talks to the other process
+            if other is not None:
+                other.close()
         self._loop = loop
         self._processes = self._channel = self._transfer = self._poll_timer = None
         self._work.clear()

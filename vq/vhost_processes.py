@@ -14,13 +14,14 @@ the used rings stand.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from vq.device import Device
+from vq.errors import VqError
+from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
 from vq.vring import Held, Kick, Position, Return, Vring
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Apart", "Processes", "Rings", "may_be_lent"]
 
-log = logging.getLogger(__name__)
+log = limited_logger(__name__)
 
 CALM_SECONDS = 0.05
 """How long nothing must have changed before queues are lent: a driver that starts up changes much,
@@ -113,7 +114,8 @@ class Processes:
 
     def recall_all(self) -> None:
         """Brings all rings home: what every queue goes by is about to change."""
-        for process in list(self._processes):
+        while self._processes:  # a fault that one brings home recalls the others from within
+            process = self._processes[0]
             self._come_home(process, process.recall())
         self.lend_when_calm()
 
@@ -130,16 +132,26 @@ class Processes:
         if threading.active_count() > 1:
             return  # a fork has one thread; what the others hold would stay held
         rings = self._rings
-        for group in rings.device.queues_apart(self._apart.processes):
-            present = next((p for p in self._processes if p.queues & set(group)), None)
-            served = frozenset() if present is None else present.queues
-            wanted = {index for index in group if rings.may_be_lent(rings.vrings[index])}
-            if wanted == served:
-                continue
+        for units in rings.device.queues_apart(self._apart.processes):
+            group = {index for unit in units for index in unit}
+            present = next((p for p in self._processes if p.queues & group), None)
             if present is not None:
+                if self._lendable(units) == present.queues:
+                    continue
                 self._come_home(present, present.recall())
+            wanted = self._lendable(units)
             if wanted:
                 self._fork(wanted)
+
+    def _lendable(self, units: Collection[Collection[int]]) -> set[int]:
+        """The queues of those units of which each queue may be lent."""
+        rings = self._rings
+        return {
+            index
+            for unit in units
+            if all(rings.may_be_lent(rings.vrings[one]) for one in unit)
+            for index in unit
+        }
 
     def _fork(self, queues: Collection[int]) -> None:
         from vq.queue_process import QueueProcess
@@ -167,7 +179,8 @@ class Processes:
         except OSError as error:
             log.warning("no process for %d queues: %s", len(vrings), error)
             for vring in vrings:
-                rings.come_home(vring, positions[vring.index])
+                self._take_back(vring, positions[vring.index])
+            self.lend_when_calm(RETRY_SECONDS)
             return
         self._processes.append(process)
         names = ", ".join(rings.device.queues[vring.index].name for vring in vrings)
@@ -176,9 +189,18 @@ class Processes:
     def _come_home(self, process: QueueProcess, result: Return) -> None:
         self._processes.remove(process)
         for index in sorted(process.queues):
-            self._rings.come_home(self._rings.vrings[index], result.positions.get(index))
+            self._take_back(self._rings.vrings[index], result.positions.get(index))
         if result.fault is not None:
             self._rings.device.fail_for(result.fault)
+
+    def _take_back(self, vring: Vring, position: Position | None) -> None:
+        """Goes on with a ring here. There may be no message of the frontend's to refuse meanwhile,
+        so what it made impossible is the device's end until its reset."""
+        try:
+            self._rings.come_home(vring, position)
+        except VqError as error:
+            log.warning("ring %d cannot go on: %s", vring.index, error)
+            self._rings.device.fail_for(error)
 
     def _count(self, stats: Mapping[str, int]) -> None:
         self._rings.device.stats.update(stats)

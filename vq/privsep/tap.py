@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from vq.link import Link, Tap
 from vq.offload import Offload
@@ -89,9 +89,9 @@ class SeparatedTap(Link):
         """As the tap says."""
         return self.tap.ports_are_apart
 
-    def serve_apart(self, on_truncated: Callable[[], None]) -> None:
+    def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
         """See `Link.serve_apart`."""
-        self.tap.serve_apart(on_truncated)
+        self.tap.serve_apart(ports, on_truncated)
 
     def look_again(self) -> None:
         """See `Link.look_again`."""

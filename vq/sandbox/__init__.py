@@ -11,6 +11,7 @@ one of them is chosen. Linux' parts are apart: `seccomp` and `system_calls`, `la
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -23,11 +24,11 @@ from vq.sandbox.user import User, find_user
 
 __all__ = [
     "Confinement",
+    "KillSwitch",
     "Policy",
     "User",
-    "be_ended",
     "confine",
-    "end_process",
+    "end_with_parent",
     "facilities",
     "find_user",
     "keep_helper_privileges",
@@ -82,29 +83,51 @@ def keep_helper_privileges(*, taps: bool, again: bool) -> None:
         linux.keep_helper_privileges(taps=taps, again=again)
 
 
-def be_ended(parent: int, switch: int) -> None:
-    """In a process that was forked by `parent`: has it end when that one ends, or wants it to.
+def end_with_parent(parent: int) -> None:
+    """In a process that was forked by `parent`: has it end when that one ends.
 
-    `switch` is a pipe's reading end, whose other one `end_process` gets. Where the system does not
-    know how, it is for the process to find out by itself that it has no parent any more.
+    Where the system does not know how, it is for the process to find out by itself.
     """
     if sys.platform == "linux":
         from vq.sandbox import linux
 
         linux.end_with_parent()
-        linux.end_by(switch)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 
-def end_process(pid: int, switch: int) -> None:
-    """Ends a process that called `be_ended`, whatever it is doing; closes `switch`.
+class KillSwitch:
+    """Ends a process that was forked: on Linux without kill(2), which could end others, too.
 
-    On Linux that takes no kill(2), with which one could end others, too.
+    To be made before the fork; then `arm` here and `let_go` in the forked process.
     """
-    os.close(switch)
-    if sys.platform != "linux":
-        os.kill(pid, signal.SIGKILL)
+
+    def __init__(self) -> None:
+        self._theirs, self._ours = os.pipe()
+        self._pid = 0
+
+    def let_go(self) -> None:
+        """In the process that it is for: that one keeps its end of the pipe, and no more."""
+        os.close(self._ours)
+
+    def arm(self, pid: int) -> None:
+        """From now on it is for the process `pid`; -1 for none, then it is of no more use."""
+        self._pid = pid
+        if pid > 0 and sys.platform == "linux":
+            from vq.sandbox import linux
+
+            linux.signal_by(self._theirs, pid)
+        os.close(self._theirs)
+        if pid < 0:
+            os.close(self._ours)
+
+    def end(self) -> None:
+        """Ends the process, whatever it is doing."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            os.write(self._ours, b"\0")
+        os.close(self._ours)
+        if sys.platform != "linux":
+            os.kill(self._pid, signal.SIGKILL)
 
 
 def facilities() -> dict[str, bool | int]:

@@ -38,13 +38,13 @@ from vq.system_calls import number_of
 
 __all__ = [
     "confine",
-    "end_by",
     "end_with_parent",
     "facilities",
     "filter_for",
     "keep_helper_privileges",
     "listed_calls",
     "listed_ioctls",
+    "signal_by",
 ]
 
 PR_SET_PDEATHSIG = 1
@@ -154,12 +154,13 @@ def end_with_parent(*, libc: Libc | None = None) -> None:
     (libc or Libc()).call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def end_by(fd: int) -> None:
-    """This process is killed when something comes, or will never come, from a pipe's other end.
+def signal_by(fd: int, pid: int) -> None:
+    """Has a process killed when something comes from the other end of the pipe `fd`.
 
-    The kernel sends a signal then, and may be told which (fcntl(2), F_SETSIG).
+    The kernel sends a signal then, and may be told which and to whom (fcntl(2), F_SETSIG). It goes
+    by the open file: somebody has to keep it, but not this process.
     """
-    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETOWN, pid)
     fcntl.fcntl(fd, F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
 
@@ -199,6 +200,8 @@ def filter_for(policy: Policy, machine: str) -> bytes:
             continue
         if name == "fork":
             allowed += [Call(number, (Is(0, flags),)) for flags in FORK]
+            plain = number_of(name, machine)  # musl's, where there is one
+            allowed += [] if plain is None else [Call(plain)]
         elif name == "ioctl":
             requests = dict.fromkeys((*listed_ioctls(), *policy.ioctls))
             allowed += [Call(number, (Is(1, request),)) for request in requests]
