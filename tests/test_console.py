@@ -381,6 +381,13 @@ def test_a_link_takes_no_other_files_place(tmp_path: Path) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_a_link_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """The terminal was named, which has nothing to do with it."""
+    with pytest.raises(FileNotFoundError) as raised:
+        PtyEnd(f"{tmp_path}/nowhere/link")
+    assert raised.value.filename == f"{tmp_path}/nowhere/link"
+
+
 def test_the_windows_size_follows_in_the_configuration_space() -> None:
     end = PtyEnd()
     with DeviceWorld(ConsoleDevice([Port(end)])) as world, opened(end.path) as terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import json
 import os
 import socket
@@ -730,6 +731,27 @@ def test_a_recording_is_told_in_words(recording: Path) -> None:
     assert "requests: 0 available, 8 bytes: 6e 75 6d 62 65 72 20 30, room for 20" in text
     assert "requests: 0 given back, 8 bytes written: 4e 55 4d 42 45 52 20 30" in text
     assert "reads config 0+4: 07 00 00 00" in text
+
+
+def test_features_have_the_names_that_the_device_gives_them(tmp_path: Path) -> None:
+    """Those of a disk were told as numbers, and those of a model of one's own too."""
+    path = tmp_path / "r"
+
+    class Letters(enum.IntEnum):
+        A = 0
+        B = 9
+
+    class Lettered(DeviceModel):
+        device_id = 63
+        feature_bits = Letters
+
+        def __init__(self) -> None:
+            super().__init__(queues=[("requests", 16, lambda requests: None)], features=Letters)
+
+    with Recorder(device := Lettered(), path), wire(device) as wired:
+        wired.driver.probe()
+    lines = [line for line in describe(RecordingReader(path)) if "  features" in line]
+    assert lines and " A, B, " in lines[0] and "VERSION_1" in lines[0] and "bit" not in lines[0]
 
 
 def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:

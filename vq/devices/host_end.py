@@ -421,7 +421,10 @@ def _make_link(target: str, link: str) -> None:
         if not stat.S_ISLNK(os.lstat(link).st_mode):
             raise UsageError(f"{link} is there already, and is not a symbolic link")
         os.unlink(link)
-    os.symlink(target, link)
+    try:
+        os.symlink(target, link)
+    except OSError as error:  # which names the target first, that has nothing to do with it
+        raise OSError(error.errno, error.strerror, link) from None
 
 
 def _remove_link(target: str, link: str) -> None:

@@ -173,6 +173,8 @@ class Header:
     """What the device offers."""
     from_outside: list[str] = field(default_factory=list)
     """Queues whose answers are not the driver's doing alone; see `vq.device.Device`."""
+    feature_names: dict[int, str] = field(default_factory=dict)
+    """Names of the device type's own features, by bit number."""
     served: list[str] = field(default_factory=list)
     """The words behind ``vq serve`` that made the device, where it was served."""
     link: dict[str, Any] | None = None
@@ -190,8 +192,11 @@ class Header:
         try:
             fields = json.loads(data)
             fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
+            names = fields.get("feature_names", {})
+            fields["feature_names"] = {int(bit): name for bit, name in names.items()}
             header = cls(**fields)
             words = [header.device, header.began, *header.from_outside, *header.served]
+            words += header.feature_names.values()
             if not all(isinstance(word, str) for word in words):
                 raise TypeError("a word that is none")
             if not all(isinstance(number, int) for number in (header.device_id, header.features)):
@@ -199,7 +204,10 @@ class Header:
             if not isinstance(header.link, dict | None):
                 raise TypeError("a link that is none")
             return header
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, AttributeError, LookupError),
+            *(ArithmeticError, RecursionError),
+        ) as error:
             raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
 
 

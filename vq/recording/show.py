@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vq.abi import DeviceId, Feature, NetFeature, Status, feature_names
+from vq.abi import DeviceId, Feature, Status, bits
 from vq.errors import CaptureError
 from vq.offload import Offload
 from vq.recording.format import Event, Header, Kind, RecordingReader
@@ -98,7 +98,7 @@ class _Words:
     def __init__(self, header: Header, data: bool) -> None:
         self._header = header
         self._most = 1 << 30 if data else _SHOWN
-        self._names = NetFeature if header.device_id == DeviceId.NET else Feature
+        self._names = {int(feature): feature.name for feature in Feature} | header.feature_names
 
     def line(self, event: Event) -> str:
         """A cause."""
@@ -109,7 +109,8 @@ class _Words:
                 return "memory " + ", ".join(f"{gpa:#x}+{size:#x}" for gpa, size in pairs)
             case Kind.FEATURES:
                 features = sum(word << 64 * place for place, word in enumerate(numbers))
-                return "features " + ", ".join(feature_names(features, self._names))
+                named = (self._names.get(bit, f"bit {bit}") for bit in bits(features))
+                return "features " + ", ".join(named)
             case Kind.STATUS:
                 return f"status {_status(numbers[0])}"
             case Kind.CONFIG_READ:
