@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vq.abi_block import SECTOR
+from vq.devices.image_lock import lock_image
 from vq.errors import UsageError
 from vq.log_limit import limited_logger
 from vq.packet import cut
@@ -197,11 +197,8 @@ class Image:
         return offset, views
 
     def _lock(self) -> None:
-        how = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
-        try:
-            fcntl.flock(self._fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path} is in use by another process") from None
+        if not lock_image(self._fd, read_only=self.read_only):
+            raise UsageError(f"{self.path} is in use by another process")
 
     def _warn_of_format(self) -> None:
         """A guest may write such bytes to a raw disk itself: it is no error."""
