@@ -367,6 +367,7 @@ def test_what_an_image_is_not_served_whole_or_raw_is_warned_of(
     log = served.stop()
     assert "image: its last 488 bytes are no whole block, and not part of the disk" in log
     assert "image looks like qcow2; the guest gets its bytes as they are" in log
+    assert "image: 512 bytes in blocks of 512, to be read and written" in log
 
 
 # --- a model of one's own ------------------------------------------------------------------------
