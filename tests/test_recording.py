@@ -718,6 +718,19 @@ def test_chains_survive_the_way_into_an_event_and_back() -> None:
     assert Found.from_event(*found.event()) == found
 
 
+def test_a_recording_takes_no_other_files_place(tmp_path: Path) -> None:
+    """A disk's image that was named twice, as the image and as the recording, was gone."""
+    path = tmp_path / "image"
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="image is there already, and is no recording"):
+        Recorder(EntropyDevice(), path)
+    assert path.read_bytes() == b"precious"
+    for before in (b"", b"VQREC\1\0\0..."):
+        path.write_bytes(before)
+        Recorder(EntropyDevice(), path).close()
+        assert RecordingReader(path).header.device_id == DeviceId.ENTROPY
+
+
 # --- in words ------------------------------------------------------------------------------------
 
 

@@ -33,12 +33,13 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
-from vq.errors import CaptureError
+from vq.errors import CaptureError, UsageError
 from vq.files import create
 from vq.system_calls import THREAD_CALLS
 
@@ -216,7 +217,8 @@ class RecordingWriter:
 
     `limit` is how many bytes of events are kept at most, before they are compressed. When that is
     reached, and when the file cannot be written any more, `ended` says why, and nothing more is
-    taken; the recording up to there is good. Raises `OSError` when the file cannot be made.
+    taken; the recording up to there is good. A recording that is there makes way. Raises
+    `UsageError` for any other file, and `OSError` when it cannot be made.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class RecordingWriter:
         self._stop = threading.Event()
         self._closed = False
         # All that the guest says is in it: that is for its owner's eyes.
+        _check_place(path)
         self._file = create(path, mode=0o600, buffering=-1)
         described = header.encode()
         self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
@@ -450,3 +453,12 @@ def _quads(count: int) -> struct.Struct:
 @lru_cache(maxsize=1024)
 def _longs(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}I")
+
+
+def _check_place(path: str | os.PathLike[str]) -> None:
+    """Raises `UsageError` where a file would be lost that is no recording."""
+    with suppress(FileNotFoundError):
+        if os.path.getsize(path) and os.path.isfile(path):
+            with open(path, "rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise UsageError(f"{os.fspath(path)} is there already, and is no recording")
