@@ -34,7 +34,7 @@ def test_a_guest_of_libvirts_has_the_network_card_and_the_disk_of_the_guides_xml
     """Without its `vectors=0` that guest crashed, with the QEMU that the guide is about."""
     need_root()
     for program, package in (
-        ("libvirtd", "libvirt-daemon-driver-qemu"),
+        ("libvirtd", "libvirt-daemon"),
         ("virsh", "libvirt-clients"),
         ("qemu-system-x86_64", "qemu-system-x86"),
     ):
