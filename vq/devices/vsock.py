@@ -327,8 +327,9 @@ class VsockDevice(DeviceModel):
 
     def _stop_reading(self, flow: _Flow) -> None:
         """One of both ends is done with this direction: no event tells any more who is gone."""
-        self._unread.add(flow)
-        self._wind_clock()
+        if flow.sock is not None:
+            self._unread.add(flow)
+            self._wind_clock()
 
     def _look_for_program(self, flow: _Flow) -> None:
         """Tells the guest when the program is gone whose socket is not read any more."""
@@ -377,22 +378,8 @@ class VsockDevice(DeviceModel):
         connection = flow.connection
         if connection.state is State.CLOSED:
             self._over(flow)
-        elif (
-            flow.sock is not None
-            and not flow.unsent
-            and not flow.output_ended
-            and connection.peer_shutdown & VsockShutdown.SEND
-        ):
-            flow.output_ended = True
-            self._shut(flow, socket.SHUT_WR)
-        if (
-            flow.sock is not None
-            and not flow.input_ended
-            and connection.peer_shutdown & VsockShutdown.RECEIVE
-        ):
-            flow.input_ended = True
-            self._stop_reading(flow)
-            self._shut(flow, socket.SHUT_RD)
+        else:
+            self._pass_on_shutdown(flow)
         if flow.sock is not None:
             flow.watch.want(
                 reading=connection.credit > 0 and not flow.has_input, writing=bool(flow.unsent)
@@ -401,10 +388,21 @@ class VsockDevice(DeviceModel):
             flow.is_waiting = True
             self._waiting.append(flow)
 
+    def _pass_on_shutdown(self, flow: _Flow) -> None:
+        """Tells the program what the guest will not do any more."""
+        said = flow.connection.peer_shutdown
+        if said & VsockShutdown.SEND and not flow.unsent and not flow.output_ended:
+            flow.output_ended = True
+            self._shut(flow, socket.SHUT_WR)
+        if said & VsockShutdown.RECEIVE and not flow.input_ended:
+            flow.input_ended = True
+            self._shut(flow, socket.SHUT_RD)
+            self._stop_reading(flow)
+
     def _shut(self, flow: _Flow, what: int) -> None:
-        assert flow.sock is not None
         try:
-            flow.sock.shutdown(what)
+            if flow.sock is not None:
+                flow.sock.shutdown(what)
         except OSError:
             self._hang_up(flow)
 
