@@ -27,6 +27,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import stat
 import struct
 import threading
 import time
@@ -458,7 +459,8 @@ def _longs(count: int) -> struct.Struct:
 def _check_place(path: str | os.PathLike[str]) -> None:
     """Raises `UsageError` where a file would be lost that is no recording."""
     with suppress(FileNotFoundError):
-        if os.path.getsize(path) and os.path.isfile(path):
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
             with open(path, "rb") as file:
                 if file.read(len(MAGIC)) != MAGIC:
                     raise UsageError(f"{os.fspath(path)} is there already, and is no recording")
