@@ -45,6 +45,7 @@ from vq.recording import (
     replay,
 )
 from vq.recording.ring import Found, FoundChain, RecordingRing
+from vq.recording.show import as_json
 from vq.request import Request
 from vq.split_ring import SplitRing
 from vq.testing.hostile import Case, run_case
@@ -765,6 +766,9 @@ def test_features_have_the_names_that_the_device_gives_them(tmp_path: Path) -> N
         wired.driver.probe()
     lines = [line for line in describe(RecordingReader(path)) if "  features" in line]
     assert lines and " A, B, " in lines[0] and "VERSION_1" in lines[0] and "bit" not in lines[0]
+    reader = RecordingReader(path)
+    (told,) = (as_json(event, reader.header) for event in reader if event.kind is Kind.FEATURES)
+    assert told["features"][:2] == ["A", "B"] and "VERSION_1" in told["features"]
 
 
 def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:
