@@ -30,7 +30,6 @@ from vq.testing.contained import ContainedProcess
 from vq.testing.guest import UmlGuest
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import (
-    find_program,
     need_namespaces,
     need_program,
     need_tap,
@@ -41,9 +40,9 @@ from vq.testing.testpmd import HugePages
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("vq serve", "ip", "truncate", "passt", "qemu-system-x86_64", "linux.uml")
-PROGRAMS += ("dpdk-testpmd",)
+PROGRAMS += ("dpdk-testpmd", "python -m vq.testing.uml")
 ELSEWHERE = ("make", "vq bench", "vq check", "pip", "python", "rmmod", "host$", "guest$", "CONNECT")
-ELSEWHERE += ("OK",)
+ELSEWHERE += ("OK", "-device vhost-user-test-device-pci")  # which needs QEMU 10.2
 COMMAND = rf"(?:{'|'.join(map(re.escape, PROGRAMS))}) (?:.*\\\n)*.*"
 SNIPPET = r"from vq.*\n(?:(?: {4}.*)?\n)*"
 MACHINE = (
@@ -86,7 +85,7 @@ class Typist:
     def type(self, command: str) -> None:
         command = re.sub(r"(?<![\w.])/(tmp|run/vq)/", rf"{self.directory}/\1/", command)
         if command.startswith("from "):
-            self.python(textwrap.dedent("    " + command))
+            self.python(["-c", textwrap.dedent("    " + command)])
             return
         words = shlex.split(command.removesuffix(" &"), comments=True)
         match words[0]:
@@ -110,6 +109,8 @@ class Typist:
                 self.linux(words)
             case "dpdk-testpmd":
                 self.testpmd(words)
+            case "python":
+                self.python(words[1:])
 
     def start(
         self, words: list[str], *sockets: str, in_namespace: bool = True
@@ -154,12 +155,11 @@ class Typist:
             if path not in self.serving:
                 self.serve(shlex.split(f"serve {NOT_SHOWN[Path(path).name]} --socket {path}"))
 
-    def python(self, text: str) -> None:
-        with or_skip():
-            find_program("linux.uml", package="user-mode-linux")
-        self.need(text)
+    def python(self, words: list[str]) -> None:
+        need_program("linux.uml", package="user-mode-linux")
+        self.need(" ".join(words))
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", text], env=environment, check=True, timeout=60)
+        subprocess.run([sys.executable, *words], env=environment, check=True, timeout=60)
 
     def qemu(self, words: list[str]) -> None:
         need_program("qemu-system-x86_64", package="qemu-system-x86")
@@ -231,12 +231,13 @@ def typist() -> Iterator[Typist]:
         Namespace() as host,
         ExitStack() as stack,
     ):
-        readme, tutorial = (ROOT / "README.md").read_text(), ROOT / "docs" / "tutorial.md"
-        models = {"entropy.py": re.search(r"```python\n(.*?\n)memory = ", readme, re.S)}
-        models["dice.py"] = re.search(r"```python\n# dice.py\n(.*?)```", tutorial.read_text(), re.S)
-        for name, found in models.items():
-            assert found is not None
-            (Path(directory) / name).write_text(found[1])
+        readme, tutorial = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
+        model = re.search(r"```python\n(.*?\n)memory = ", readme.read_text(), re.S)
+        assert model is not None
+        models = [("entropy.py", model[1])]
+        models += re.findall(r"```python\n# (\w+\.py)\n(.*?)```", tutorial.read_text(), re.S)
+        for name, text in models:
+            (Path(directory) / name).write_text(text)
         yield Typist(Path(directory), host, stack)
 
 
