@@ -134,7 +134,7 @@ def _remove_dead(path: str, patience: float) -> None:
                 if error.errno != errno.EPROTOTYPE:
                     raise
         if time.monotonic() >= deadline:
-            raise UsageError(f"{path} is served already by another program")
+            raise UsageError(f"{path} is served already")
         time.sleep(0.02)
 
 
