@@ -1319,6 +1319,42 @@ def test_a_frame_longer_than_its_place_is_dropped_and_not_handed_over_cut(
 
 
 @needs_tap
+def test_a_frame_moves_up_into_no_place_that_is_too_small_for_it(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's buffers need not be alike, and a raised MTU makes frames longer than expected.
+
+    One that was cut made room in front of one that fitted where it lay; that one was moved up,
+    over the end of the smaller buffer and whatever stood behind.
+    """
+    outbox_of(tap)
+    port = tap.ports[0]
+    tap.set_mtu(3000)
+    port.longest = 100
+    room = LendingRoom(0)
+    sizes = (200, 2000, 200, 2000)
+    whole = (ctypes.c_ubyte * sum(sizes))()
+    starts = list(itertools.accumulate(sizes[:-1], initial=ctypes.addressof(whole)))
+    room.memory = [
+        (ctypes.c_ubyte * size).from_address(start)
+        for size, start in zip(sizes, starts, strict=True)
+    ]
+
+    def lend_apart(*_: int) -> Places:
+        lent = len(room.lengths)
+        return array("Q", starts[lent:]), array("I", sizes[lent:])
+
+    monkeypatch.setattr(room, "lend_apart", lend_apart)
+    with udp_socket(namespace) as endpoint:
+        for size in (900, 1000, 20, 30):  # cut; whole, where it lies; two that fit anywhere
+            endpoint.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    assert port.read_burst(room, 8) == 2
+    assert [frame[54:] for frame in room.frames] == [b"\24" * 20, b"\36" * 30]
+    assert port.dropped == {"too long": 2}
+    assert bytes(whole)[200 + 12 + 72 : 200 + 1054] == b"\xe8" * 970  # nothing over its end
+
+
+@needs_tap
 def test_a_frame_that_comes_after_there_had_been_none_moves_up(
     tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,7 +433,8 @@ class LinuxTapPort(Port):
         addresses, sizes = places
         lengths = array("I")
         for index, result in enumerate(results):
-            if result >= sizes[index]:  # cut
+            # Cut; or too long for the place that it would move up to (they need not be alike).
+            if result >= min(sizes[index], sizes[len(lengths)]):
                 self._too_long()
             elif result > 0:
                 if len(lengths) < index:  # one came after there had been none
