@@ -83,6 +83,7 @@ class ReceiveWindow:
         self._chains: list[Chain] = []  # empty while there are usual ones
         self._finished: list[Chain] = []
         self._detour = 0  # frames for which the plain way is kept to
+        self._enough = False  # in this turn: the chains were so long that no more are followed
         self._given_back = False  # whether used elements were written since the last flush
         self._pending: deque[Frame] = deque()
         self._views: list[memoryview] = []  # lent for the next frame, the spill last
@@ -339,7 +340,8 @@ class ReceiveWindow:
         return given_back
 
     def retry(self) -> None:
-        """The guest made buffers available: places what waits for them."""
+        """A turn begins, perhaps with new buffers: places what waits for them."""
+        self._enough = False
         if self._pending:
             self._leave_usual()
         self.starved = bool(self._pending) and not self._place_pending()
@@ -376,8 +378,15 @@ class ReceiveWindow:
                 self._pending.append(finished)
 
     def _refill(self) -> bool:
-        chains = self._ring.pop_burst(_REFILL)
+        """Takes more buffers; False when there are none, or none for this turn."""
+        if self._enough:
+            return False
+        ring = self._ring
+        waiting = ring.waiting()
+        chains = ring.pop_burst(_REFILL)
         self._keep(chains)
+        # A burst ends early for chains of very many descriptors, and these may have hardly a byte.
+        self._enough = 0 < len(chains) < _REFILL and len(chains) < waiting
         return bool(chains)
 
     def _keep(self, chains: list[Chain]) -> None:

@@ -287,6 +287,12 @@ class SplitRing:
             )
         return count
 
+    @property
+    def avail_index(self) -> int:
+        """What the driver's available index says now, possible or not."""
+        index = self._avail_words[1]
+        return _swap16(index) if _BIG_ENDIAN else index
+
     def pop(self) -> Chain | None:
         """The next chain, or None when there is none. Raises `DriverError` for a bad one."""
         chains = self.pop_burst(1)
