@@ -30,7 +30,10 @@ from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.gather import IoVectors
 from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Outbox, Places, Port
+from vq.netlink import interface_in
 from vq.offload import ALL, Offload, legal_tun_flags
+from vq.sandbox import capabilities
+from vq.sandbox.libc import Libc
 from vq.tap import open_tap
 from vq.tap_linux import LinuxTap, LinuxTapPort
 from vq.testing.requirements import unmet
@@ -904,6 +907,39 @@ def test_a_tap_is_found_again_when_it_is_moved_to_another_namespace(
         with contextlib.suppress(AssertionError):
             ip("-n", other, "link", "del", tap.name)
         ip("netns", "del", other)
+
+
+@needs_tap
+def test_a_tap_in_another_namespace_is_looked_at_without_cap_sys_admin(
+    namespace: str, tap: LinuxTap
+) -> None:
+    """A helper that keeps CAP_NET_ADMIN for its taps needs no more to follow them."""
+    ip("-n", namespace, "link", "set", tap.name, "mtu", "1234", "up")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            capabilities.keep_only(Libc(), {capabilities.CAP_NET_ADMIN})
+            status = 0 if (tap.mtu, tap.is_up) == (1234, True) else 2
+            with pytest.raises(PermissionError):  # it could not have gone there
+                tap.set_mtu(1500)
+        except BaseException:
+            status = 3
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_tap
+def test_an_interface_that_another_namespace_does_not_have_is_an_error(namespace: str) -> None:
+    fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        assert interface_in(fd, "lo").mtu == 65536
+        with pytest.raises(OSError) as refusal:
+            interface_in(fd, "vqnone0")
+        assert refusal.value.errno == errno.ENODEV
+    finally:
+        os.close(fd)
 
 
 @needs_tap
