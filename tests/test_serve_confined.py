@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -243,6 +244,48 @@ def test_what_a_device_holds_is_not_what_somebody_left_open(serve: Serve, tmp_pa
         served = serve(fds=[file.fileno()])
     assert not [link for link in descriptors(served.worker.pid) if "secret" in link]
     served.stop()
+
+
+def test_what_is_typed_at_the_terminal_is_not_the_workers_to_read(serve: Serve, plug: Plug) -> None:
+    """The helper's standard input was its own, too: a terminal of root's for instance."""
+    need_linux()
+    ours, theirs = os.openpty()
+    try:
+        served = serve(prepare=lambda: os.dup2(theirs, 0) and None)
+        inputs = [os.readlink(f"/proc/{p.pid}/fd/0") for p in (served.process, served.worker)]
+        assert inputs == [os.ttyname(theirs), os.devnull]
+        plug(served.paths[0]).echo()
+        served.stop()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_number_of_standard_input_may_be_anothers(
+    closed: bool, tmp_path: Path, plug: Plug
+) -> None:
+    """Of a socket that was handed over, or of whatever was opened first where there is none."""
+    need_linux()
+    path = str(tmp_path / "s")
+    argv = [sys.executable, "-m", "vq", "serve", "net"]
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        argv += [f"--fd={listening.fileno()}"] if closed else ["--fd=0"]
+        process = subprocess.Popen(
+            argv,
+            stdin=listening,
+            stderr=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+            preexec_fn=(lambda: os.close(0)) if closed else None,
+        )
+    try:
+        plug(path).echo()
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
 
 
 MODEL = """
