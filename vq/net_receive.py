@@ -564,8 +564,9 @@ class _UsualBuffers:
         return taken > 0
 
     def adopt(self, chains: Sequence[Chain]) -> bool:
-        """Takes over chains if all of them are of the usual kind. Nothing is held."""
-        if not self.run.adopt(chains):
+        """Takes over chains if all of them are of the usual kind, and not more than the kernel takes
+        at a time. Nothing is held."""
+        if len(chains) > _MOST_LENT or not self.run.adopt(chains):
             return False
         self.left = len(chains)
         return True
