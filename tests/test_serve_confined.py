@@ -119,6 +119,7 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
         assert int(status[name][0], 16) == 0, name
     assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
     assert os.listdir(f"/proc/{worker}/root") == []
+    assert os.stat(f"/proc/{worker}/mem").st_uid == 0, "others of its user may not look into it"
     its = descriptors(worker)
     # The guest's memory, its inflight notes, what short frames are gathered in, starts of headers.
     assert [link for link in its if link.startswith("/")] == ["/dev/net/tun", *["/memfd"] * 4]

@@ -564,8 +564,8 @@ class _UsualBuffers:
         return taken > 0
 
     def adopt(self, chains: Sequence[Chain]) -> bool:
-        """Takes over chains if all of them are of the usual kind, and not more than the kernel takes
-        at a time. Nothing is held."""
+        """Takes over chains if all of them are of the usual kind, and not more of them than are
+        shown to the kernel at a time. Nothing is held."""
         if len(chains) > _MOST_LENT or not self.run.adopt(chains):
             return False
         self.left = len(chains)
