@@ -11,10 +11,12 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vq import unix_socket
+from vq.devices import host_end
 from vq.errors import UsageError
 from vq.unix_socket import Listener
 
@@ -148,3 +150,77 @@ def test_the_one_that_is_asked_is_the_one_that_is_removed(
     with pytest.raises(UsageError, match="is served already by another program"):
         Listener(world.path)
     assert world.precious.exists() and world.is_unharmed()
+
+
+def test_no_connection_is_made_through_a_link_that_came_in_between(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A helper of root's connects to sockets in a user's directory for the user's guest: by a link
+    at the right moment to any socket of the host's."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no path goes from a descriptor here")
+    check_path = unix_socket.check_path
+
+    def check_and_swap(path: str) -> None:
+        check_path(path)
+        os.unlink(path)
+        os.symlink(world.precious, path)
+
+    monkeypatch.setattr(unix_socket, "check_path", check_and_swap)
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(world.path)
+        theirs.listen()
+        with pytest.raises(UsageError, match="is not a socket, or has a second name"):
+            unix_socket.connect(world.path)
+    world.served.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        world.served.accept()
+
+
+def test_no_connection_is_made_to_anothers_socket_by_a_second_name_for_it(world: World) -> None:
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no path goes from a descriptor here")
+    os.link(world.precious, world.path)
+    with pytest.raises(UsageError, match="is not a socket, or has a second name"):
+        unix_socket.connect(world.path)
+
+
+def test_who_listens_is_connected_to_under_its_own_name(world: World) -> None:
+    connection = unix_socket.connect(str(world.precious))
+    served, _ = world.served.accept()
+    with connection, served:
+        assert not connection.getblocking()
+        connection.send(b"hello")
+        assert served.recv(100) == b"hello"
+    with pytest.raises(FileNotFoundError, match="nobody listens at"):
+        unix_socket.connect(world.path)
+
+
+def test_no_link_to_a_terminal_is_removed_in_a_directory_that_came_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console's link that was left over makes way for a new one."""
+    theirs, other = tmp_path / "theirs", tmp_path / "other"
+    for directory in (theirs, other):
+        directory.mkdir()
+        (directory / "console").symlink_to("left over")
+
+    def swapping(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def look_and_swap(path: str | Path, **how: Any) -> os.stat_result:
+            status = look(path, **how)
+            if str(path).endswith("console") and not theirs.is_symlink():
+                theirs.rename(tmp_path / "moved")
+                theirs.symlink_to(other)
+            return status
+
+        return look_and_swap
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", swapping(os.stat))
+        patch.setattr(os, "lstat", swapping(os.lstat))
+        host_end._make_link("/dev/pts/7", str(theirs / "console"))
+    assert theirs.is_symlink()
+    assert os.readlink(other / "console") == "left over"
+    assert os.readlink(tmp_path / "moved" / "console") == "/dev/pts/7"
+    host_end._remove_link("/dev/pts/7", str(theirs / "console"))
+    assert os.readlink(other / "console") == "left over"

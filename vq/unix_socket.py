@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from vq.errors import UsageError
+from vq.files import directory_of
 
 __all__ = ["Listener", "check_path", "connect"]
 
@@ -48,7 +49,7 @@ class Listener:
         self._file: tuple[_Identity, _Identity] | None = None
         self._maker = os.getpid()
         try:
-            with _directory_of(path) as directory:
+            with directory_of(path) as directory:
                 _remove_dead(path, directory, patience)
                 private = (owner, group, mode) != (None, None, None)
                 mask = os.umask(0o177) if private else None
@@ -81,7 +82,7 @@ class Listener:
         if file is None:
             return
         name = os.path.basename(self.path)
-        with contextlib.suppress(OSError), _directory_of(self.path) as directory:
+        with contextlib.suppress(OSError), directory_of(self.path) as directory:
             there = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if (_identity(os.fstat(directory)), _identity(there)) == file:
                 os.unlink(name, dir_fd=directory)
@@ -95,10 +96,14 @@ def connect(path: str) -> socket.socket:
     check_path(path)
     connection = _make_socket()
     try:
-        connection.connect(path)
+        with _pinned(path) as pinned:
+            connection.connect(pinned)
     except OSError as error:
         connection.close()
         raise _explained(error, path) from error
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -117,6 +122,29 @@ def check_path(path: str) -> None:
                 raise UsageError(f"{path!r} is too long for a socket's path") from None
 
 
+@contextlib.contextmanager
+def _pinned(path: str) -> Iterator[str]:
+    """A path that leads to the socket which is at `path` now, whatever is put there next.
+
+    Who may write to the directory could have somebody with more rights, who connects for him, reach
+    any socket of the host's through a link. Raises `UsageError` for what is no socket, and for one
+    with a second name, which may be another's; `OSError` where nothing is. Without Linux' /proc it
+    is `path` itself.
+    """
+    flags = getattr(os, "O_PATH", 0)
+    if not flags or not os.path.isdir("/proc/self/fd"):
+        yield path
+        return
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_nlink > 1:
+            raise UsageError(f"{path} is not a socket, or has a second name")
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 def _make_socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.setblocking(False)
@@ -125,20 +153,6 @@ def _make_socket() -> socket.socket:
 
 def _identity(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
-
-
-@contextlib.contextmanager
-def _directory_of(path: str) -> Iterator[int]:
-    """The directory that a path names, as a descriptor.
-
-    Whoever may rename it could put another one in its place, or a link to one, between two looks at
-    the path: what is removed or handed over is looked up in the one that was opened.
-    """
-    directory = os.open(_parent(path), getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
-    try:
-        yield directory
-    finally:
-        os.close(directory)
 
 
 def _made(path: str, directory: int) -> os.stat_result:
