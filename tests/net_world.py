@@ -80,6 +80,8 @@ class ScriptedPort(Port):
             self.outbox = ScriptedOutbox(self)
         self.before_write: Callable[[Sequence[Frame]], None] | None = None
         self.reads = 0
+        self.read_apart = 0
+        """Frames that went straight to their places, and were accepted there."""
 
     def fileno(self) -> int | None:
         return self.fd
@@ -124,21 +126,26 @@ class ScriptedPort(Port):
             room.commit_together(vectors.read(file.fileno(), first, count))
 
     def _read_apart(self, room: PlacesRoom, limit: int) -> int:
-        """As a kernel puts frames into places that are known to be long enough."""
-        longest = max((len(data) for _, data in self.incoming), default=0)
-        places = room.lend_apart(limit, longest)
+        """As a kernel puts frames into places; from the first on that is too long for its own they
+        are kept."""
+        places = room.lend_apart(limit)
         if not self.incoming or places is None:
             return 0
         frames = [self.incoming.popleft() for _ in range(min(len(places[0]), len(self.incoming)))]
-        headers = bytearray()
-        for address, length, (header, data) in zip(*places, frames, strict=False):
-            assert length > 12 + longest
-            headers += header[:10] + b"\0\0"
-            ctypes.memmove(address, header[:10] + b"\0\0" + data, 12 + len(data))
-        lengths = array("I", [12 + len(data) for _, data in frames])
-        if room.commit_apart(lengths, memoryview(headers)):
-            for number, (address, _) in enumerate(zip(places[0], frames, strict=False)):
-                ctypes.memmove(address, bytes(headers[12 * number : 12 * number + 12]), 12)
+        wholes = [header[:10] + b"\0\0" + data for header, data in frames]
+        fits = []
+        for address, length, whole in zip(*places, wholes, strict=False):
+            ctypes.memmove(address, whole, min(length, len(whole)))
+            fits.append(len(whole) <= length)
+        fit = [*fits, False].index(False)
+        addresses, size = places[0][:fit], room.looks_at
+        starts = bytearray(b"".join(ctypes.string_at(address, size) for address in addresses))
+        if fit and room.commit_apart(array("I", map(len, wholes[:fit])), memoryview(starts)):
+            self.read_apart += fit
+            for number, address in enumerate(addresses):
+                ctypes.memmove(address, bytes(starts[size * number :][:size]), size)
+        for whole in wholes[fit:]:
+            room.commit_private([whole[:12], whole[12:]])
         return len(frames)
 
     @property

@@ -272,16 +272,22 @@ class _Watched:
         self._port = port
         if hasattr(room, "lend_apart"):
             self.lend_apart = self._room.lend_apart
+            self.looks_at = self._room.looks_at
             self.lend_together = self._lend_together
 
     def commit(self, header: bytes, length: int) -> None:
         self._count(header, length)
         self._room.commit(header, length)
 
-    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], starts: memoryview) -> bool:
         for number, length in enumerate(lengths):
-            self._count(bytes(headers[12 * number : 12 * number + 12]), length - 12)
-        return self._room.commit_apart(lengths, headers)
+            first = self.looks_at * number
+            self._count(bytes(starts[first : first + 12]), length - 12)
+        return self._room.commit_apart(lengths, starts)
+
+    def commit_private(self, frame: Frame) -> None:
+        self._count(bytes(frame[0]), sum(map(len, frame[1:])))
+        self._room.commit_private(frame)
 
     def _lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
         self._places = self._room.lend_together(longest)

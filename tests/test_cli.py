@@ -232,6 +232,15 @@ def test_a_mismatch_is_status_1(vq: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert json.loads(ended.out)["mismatched"] > 0
 
 
+def test_options_before_the_device_are_told_where_they_belong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--socket", "s", "rng"]) == 2
+    assert capsys.readouterr().err == (
+        "vq serve: the device stands before its options: vq serve DEVICE --socket ...\n"
+    )
+
+
 @pytest.mark.parametrize("words", [("--features", "-CSUM"), ("--features=-CSUM",)])
 def test_a_list_of_features_may_start_with_a_minus(vq: Run, words: Sequence[str]) -> None:
     ended = vq("loopback", "--json", "--count", "1", *words)

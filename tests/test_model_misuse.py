@@ -69,6 +69,7 @@ class Model(DeviceModel):
         ),
         ({"queues": [(16, "requests", ignore)]}, r"\(name, largest size, handler\)"),
         ({"queues": [("requests", 16, "ignore")]}, r"\(name, largest size, handler\)"),
+        ({"queues": [("in", 16, ignore), ("in", 8, None)]}, "two queues have the name 'in'"),
         ({"queues": ["abc"]}, r"\(name, largest size, handler\)"),
         ({"queues": ("requests", 16, ignore)}, r"\(name, largest size, handler\), not 'requests'"),
     ],
@@ -251,7 +252,7 @@ def test_a_request_that_cannot_be_sent_is_wrong_use(vq_wire: Wire) -> None:
 def test_a_request_waits_as_long_as_it_is_told(vq_wire: Wire) -> None:
     wired = vq_wire(Later(lambda model, request: None))
     wired.driver.probe()
-    with pytest.raises(DeviceError, match=r"queue 0 did not happen in 0\.05 seconds"):
+    with pytest.raises(DeviceError, match=r"no answer on queue 0 in 0\.05 seconds"):
         wired.request(0, b"hello", timeout=0.05)
 
 

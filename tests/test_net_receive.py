@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from net_frames import TCP, UDP, make_frame, make_payload, slow_sum
 from net_world import (
+    BROADCAST,
     OTHER_MAC,
     OUR_MAC,
     PLAIN,
@@ -19,6 +21,7 @@ from net_world import (
     World,
     ethernet,
     features,
+    frames_by_address,
     snapshot,
     tcp_header,
     touched_outside,
@@ -26,11 +29,12 @@ from net_world import (
     used_parts,
 )
 
-from vq.abi import NET_HDR, HdrFlag, NetFeature, Status
+from vq.abi import NET_HDR, CtrlRx, HdrFlag, NetFeature, Status
 from vq.driver import GuestBuffer
 from vq.errors import DriverError
 from vq.memory import GuestMemory
-from vq.net_driver import Layout, NetHeader
+from vq.net_driver import Layout, NetDriver, NetHeader
+from vq.net_filter import ReceiveFilter
 from vq.offload import Offload
 from vq.pace import Pace
 
@@ -623,6 +627,150 @@ def test_what_came_before_a_bad_buffer_is_the_guests(
     link.deliver(FRAME, FRAME)
     assert guest.used(0) == [(0, 72), (1, 0)]
     assert_needs_reset(world, "5.1.6.3.1")
+
+
+# --- the short way past filters, and for frames longer than a buffer ------------------------------
+
+WANTED_GROUP, OTHER_GROUP = bytes.fromhex("01005e000001"), bytes.fromhex("01005e000002")
+KNOWN_VLAN = 7
+
+
+def filtering(world: World, wanted: int, **options: object) -> NetDriver:
+    """A guest that has set filters, as Linux' driver does."""
+    driver = world.drive(wanted | features("CTRL_VQ", "CTRL_RX", "CTRL_VLAN"), **options)
+    assert driver.set_receive_mode(CtrlRx.PROMISC, False)
+    assert driver.set_mac_table([], [WANTED_GROUP])
+    assert driver.add_vlan(KNOWN_VLAN)
+    return driver
+
+
+def tagged(frame: bytes, vlan: int) -> bytes:
+    return frame[:12] + b"\x81\0" + vlan.to_bytes(2, "big") + frame[12:]
+
+
+deliveries = st.lists(
+    st.tuples(
+        st.sampled_from(
+            (OUR_MAC, OUR_MAC, OUR_MAC, OTHER_MAC, BROADCAST, WANTED_GROUP, OTHER_GROUP)
+        ),
+        st.sampled_from((None, None, None, 0, KNOWN_VLAN, 8)),
+        st.sampled_from((0, 1, 2, 46, 46, 46, 500, 1500, 4000)),
+        st.sampled_from(("plain", "plain", "plain", "partial", "valid", "segments")),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    deliveries=deliveries,
+    mergeable=st.booleans(),
+    offloads=st.sampled_from(((), ("GUEST_CSUM",), ("GUEST_CSUM", "GUEST_TSO4"))),
+    mtu=st.sampled_from((None, 400, 1500)),
+    promiscuous=st.booleans(),
+    size=st.sampled_from((300, 1536, 5000)),
+)
+def test_the_short_way_gives_a_guest_what_the_plain_one_does(
+    deliveries: list[tuple[bytes, int | None, int, str]],
+    mergeable: bool,
+    offloads: tuple[str, ...],
+    mtu: int | None,
+    promiscuous: bool,
+    size: int,
+) -> None:
+    frames = []
+    for number, (to, vlan, length, kind) in enumerate(deliveries):
+        payload = number.to_bytes(2, "big") + make_payload(length)
+        frame, header = ethernet(payload, to=to), PLAIN
+        if kind in ("partial", "segments"):
+            frame = to + make_frame(payload)[6:]
+            header = tcp_header(100 if kind == "segments" else 0).pack()
+        elif kind == "valid":
+            header = NetHeader(flags=HdrFlag.DATA_VALID).pack()
+        if vlan is not None and kind in ("plain", "valid"):
+            frame = tagged(frame, vlan)
+        frames.append((header, frame))
+
+    def outcome() -> tuple[list[tuple[NetHeader, bytes]], dict[str, int]]:
+        with GuestMemory.allocate((0x100000, 1 << 20), (0x4000000, 12 << 20)) as memory:
+            link = ScriptedLink()
+            world = World(memory, link, **({} if mtu is None else {"mtu": mtu}))
+            names = (*offloads, *(["MRG_RXBUF"] * mergeable), *(["MTU"] * (mtu is not None)))
+            driver = filtering(world, features(*names), receive_buffer_size=size)
+            assert driver.set_receive_mode(CtrlRx.PROMISC, promiscuous)
+            for header, frame in frames:
+                link.port.incoming.append((header, frame))
+            link.deliver()
+            got = []
+            while received := driver.receive():
+                got += [(frame.header._replace(num_buffers=1), frame.data) for frame in received]
+            assert world.device.fault is None
+            return got, world.dropped("rx")
+
+    plain = outcome()
+    with frames_by_address():
+        assert outcome() == plain
+
+
+def test_frames_for_the_guest_itself_go_the_short_way_past_its_filters(
+    memory: GuestMemory, link: ScriptedLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not even shown to them: to look at each takes longer than all the rest."""
+    shown: list[bytes] = []
+    wants = ReceiveFilter.wants
+
+    def watched(filters: ReceiveFilter, start: bytes) -> bool:
+        shown.append(start)
+        return wants(filters, start)
+
+    monkeypatch.setattr(ReceiveFilter, "wants", watched)
+    with frames_by_address():
+        driver = filtering(World(memory, link), MRG)
+        frames = [ethernet(bytes([n]) * 46) for n in range(30)]
+        link.deliver(*frames)
+        assert [frame.data for frame in driver.receive()] == frames
+        assert not shown
+        several = [*frames[:3], ethernet(bytes(46), to=BROADCAST), *frames[3:6]]
+        link.deliver(*several)
+        assert [frame.data for frame in driver.receive()] == several
+        assert len(shown) == len(several)
+    assert link.port.read_apart == len(frames) + len(several)
+
+
+@pytest.mark.parametrize("unwanted", [{"to": OTHER_MAC}, {"to": OTHER_GROUP}, {"vlan": 8}])
+def test_an_unwanted_frame_among_others_reaches_no_guest(
+    memory: GuestMemory, link: ScriptedLink, unwanted: dict[str, Any]
+) -> None:
+    with frames_by_address():
+        world = World(memory, link)
+        driver = filtering(world, MRG)
+        good = [ethernet(bytes([n]) * 46) for n in range(9)]
+        bad = ethernet(bytes(46), to=unwanted.get("to", OUR_MAC))
+        if "vlan" in unwanted:
+            bad = tagged(bad, unwanted["vlan"])
+        link.deliver(*good[:4], bad, *good[4:])
+        assert [frame.data for frame in driver.receive()] == good
+    assert world.dropped("rx") == {"filtered": 1}
+
+
+def test_after_another_address_was_set_the_old_one_is_filtered_on_the_short_way(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    with frames_by_address():
+        world = World(memory, link)
+        driver = filtering(world, MRG | features("CTRL_MAC_ADDR", "CTRL_RX_EXTRA"))
+        driver.set_mac(OTHER_MAC)
+        old, new = (ethernet(bytes(46), to=to) for to in (OUR_MAC, OTHER_MAC))
+        link.deliver(old, old, old)
+        assert driver.receive() == []
+        link.deliver(old, new, new)
+        assert [frame.data for frame in driver.receive()] == [new, new]
+        assert driver.set_receive_mode(CtrlRx.NOUNI, True)
+        link.deliver(new, new)
+        assert driver.receive() == []
+        link.deliver(new, ethernet(bytes(46), to=BROADCAST))
+        assert [frame.data[:6] for frame in driver.receive()] == [BROADCAST]
 
 
 # --- what the header says ------------------------------------------------------------------------

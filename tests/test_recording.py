@@ -799,6 +799,8 @@ def test_the_command_makes_no_device_that_has_something_of_the_hosts(
 def test_the_command_says_what_is_wrong_with_its_use(
     recording: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert cli.main(["replay", str(recording), "--device", "rng", "--json"]) == 2
+    assert "--json stands before --device" in capsys.readouterr().err
     assert cli.main(["replay", str(recording), "--device"]) == 2
     assert "--device takes a device" in capsys.readouterr().err
     assert cli.main(["replay", str(recording.parent / "none")]) == 2

@@ -28,6 +28,11 @@ SECONDS = 30.0
 SIZE = 1 << 20
 
 OWN_DEVICE = """
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 from vq import DeviceModel
 
 
@@ -42,6 +47,32 @@ class Upper(DeviceModel):
         for request in requests:
             request.writer.write(self.prefix + request.reader.read().upper())
             request.complete()
+
+
+class Later(Upper):
+    # In a thread for texts that begin with t, by a coroutine for the others.
+
+    def __init__(self):
+        super().__init__()
+        self.executor = ThreadPoolExecutor(2)
+
+    def answer(self, requests):
+        for request in requests:
+            text = request.reader.read()
+            if text.startswith(b"t"):
+                self.run_in(self.executor, lambda request: request.writer.write(b"thread"), request)
+            else:
+                self.run_async(self.slowly(request), request)
+
+    async def slowly(self, request):
+        await asyncio.sleep(0.01)
+        request.writer.write(await asyncio.to_thread(lambda: b"coroutine"))
+
+
+class Early(Upper):
+    def __init__(self):
+        super().__init__()
+        threading.Thread(target=time.sleep, args=(20,), name="ticker", daemon=True).start()
 
 
 def broken():
@@ -356,16 +387,46 @@ def test_anybodys_model_is_served(serve: Serve, plug: Plug) -> None:
     plugged = plug(served, 42)
     driver = Driver(plugged.frontend, plugged.memory, 0)
     driver.probe()
+    assert answer_to(b"hello", plugged, driver) == b"> HELLO"
+    assert "Upper: negotiated" in served.stop()
+
+
+def answer_to(data: bytes, plugged: Plugged, driver: Driver) -> bytes:
     text, answer = driver.allocator.allocate(16), driver.allocator.allocate(16)
-    plugged.memory.write(text, b"hello")
-    driver.queues[0].add([(text, 5)], [(answer, 16)])
+    plugged.memory.write(text, data)
+    driver.queues[0].add([(text, len(data))], [(answer, 16)])
     driver.kick(0)
     deadline = time.monotonic() + SECONDS
     while not (used := driver.queues[0].collect()):
         assert time.monotonic() < deadline
         plugged.frontend.wait()
-    assert plugged.memory.read(answer, used[0].written) == b"> HELLO"
-    assert "Upper: negotiated" in served.stop()
+    return plugged.memory.read(answer, used[0].written)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("sandbox", ["auto", "off"])
+def test_a_models_threads_and_coroutines_work_in_the_sandbox(
+    serve: Serve, plug: Plug, sandbox: str
+) -> None:
+    """The filter killed the one, and the other could not be imported, as it was only then."""
+    served = serve("ownmodel:Later", f"--sandbox={sandbox}")
+    plugged = plug(served, 42)
+    driver = Driver(plugged.frontend, plugged.memory, 0)
+    driver.probe()
+    assert answer_to(b"coroutine", plugged, driver) == b"coroutine"
+    assert answer_to(b"thread", plugged, driver) == b"thread"
+    assert "ERROR" not in served.stop()
+
+
+@pytest.mark.usefixtures("own")
+def test_a_model_that_begins_with_threads_is_told_that_its_worker_has_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sys.modules.pop("ownmodel", None)
+    assert main(["serve", "ownmodel:Early", "--socket=s"]) == 2
+    err = capsys.readouterr().err
+    assert "started threads (ticker)" in err and err.count("\n") == 1
+    assert not os.path.exists("s")
 
 
 @pytest.mark.usefixtures("own")

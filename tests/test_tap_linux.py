@@ -622,6 +622,27 @@ def test_a_frame_that_the_room_would_cut_is_noticed(
 
 
 @needs_tap
+@pytest.mark.parametrize("by_address", [False, True])
+def test_frames_that_are_all_too_long_end_a_burst_too(
+    namespace: str, tap: LinuxTap, by_address: bool
+) -> None:
+    """As long as they kept coming, from whoever floods the network with them, nobody else was
+    served."""
+    port = tap.ports[0]
+    tap.set_mtu(3000)
+    room = VectorRoom() if by_address else PieceRoom(100)
+    with udp_socket(namespace) as endpoint:
+        for _ in range(100):
+            endpoint.sendto(bytes(2000), (OURS, 7000))
+    port.on_truncated = lambda: None  # nobody says how long they may be
+    port.longest = 100
+    port._longest_usual = 100
+    for turn in (1, 2, 3):
+        port._longest_usual = 100
+        assert port.read_burst(room, 4) == 0 and port.dropped == {"too long": 4 * turn}
+
+
+@needs_tap
 def test_no_room_and_no_frame_end_a_burst(namespace: str, tap: LinuxTap) -> None:
     room = PieceRoom()
     port = tap.ports[0]
@@ -986,17 +1007,22 @@ class LendingRoom:
         self.lengths: list[int] = []
         self.completes = True
 
-    def lend_apart(self, limit: int, longest: int) -> Places:
+    looks_at = 12
+
+    def lend_apart(self, limit: int) -> Places:
         free = self.memory[len(self.lengths) :][:limit]
         addresses = array("Q", map(ctypes.addressof, free))
         return addresses, array("I", [self.size] * len(free))
 
-    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
-        assert len(headers) == 12 * len(lengths)
-        assert bytes(headers) == bytes(len(headers))
-        headers[10::12] = b"\7" * len(lengths)
+    def commit_apart(self, lengths: array[int], starts: memoryview) -> bool:
+        assert len(starts) == 12 * len(lengths)
+        assert bytes(starts) == bytes(len(starts))
+        starts[10::12] = b"\7" * len(lengths)
         self.lengths += lengths
         return self.completes
+
+    def commit_private(self, frame: Frame) -> None:
+        raise AssertionError("it fits its place")
 
     def lend_together(self, longest: int) -> None:
         return None
@@ -1104,6 +1130,7 @@ def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap)
     ip("-n", namespace, "link", "del", tap.name)
     with pytest.raises(OSError, match="the tap is gone"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
+    tap.ports[0].longest = 1522
     with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(LendingRoom(2000), 64)
 
@@ -1319,6 +1346,7 @@ def test_short_frames_are_read_in_their_order_many_at_a_time(namespace: str, tap
     outbox_of(tap)
     room = LendingRoom(1600)
     port = tap.ports[0]
+    port.longest = 1522
     assert port.read_burst(room, 64) == 0
     texts = [bytes([n]) * (n + 1) for n in range(150)]
     with udp_socket(namespace) as endpoint:
@@ -1430,6 +1458,184 @@ def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
         receive(port, room, lambda: len(room.frames) == 1)
 
 
+class SpillingRoom(LendingRoom):
+    """Places for short frames; others are kept as they are brought."""
+
+    def __init__(self, size: int = 200) -> None:
+        super().__init__(size, 400)
+        self.order: list[bytes] = []
+
+    looks_at = 28
+
+    def commit_apart(self, lengths: array[int], starts: memoryview) -> bool:
+        assert len(starts) == 28 * len(lengths)
+        for number, length in enumerate(lengths):
+            place = bytes(self.memory[len(self.lengths)])
+            assert starts[28 * number : 28 * (number + 1)] == place[:28]
+            self.order.append(place[:length])
+            self.lengths.append(length)
+        return False
+
+    def commit_private(self, frame: Frame) -> None:
+        assert isinstance(frame[0], bytes) and len(frame[0]) == 12
+        self.order.append(b"".join(frame))
+
+    def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]
+        self.vectors = IoVectors(1)
+        self.place = (ctypes.c_ubyte * (longest + 13))()
+        self.vectors.put(0, [ctypes.addressof(self.place)], [longest + 13])
+        return self.vectors, 0, 1
+
+    def commit_together(self, length: int) -> None:
+        self.order.append(bytes(self.place)[:length])
+
+
+def after_short_ones(namespace: str, tap: LinuxTap) -> tuple[LinuxTapPort, SpillingRoom]:
+    """A port that has had many short frames, though long ones may come."""
+    outbox_of(tap)
+    tap.request_offloads(ALL)
+    port, room = tap.ports[0], SpillingRoom()
+    assert port.longest > 65536
+    with udp_socket(namespace) as sender:
+        for _ in range(tap_linux._MANY_SHORT):
+            sender.sendto(b"short", (OURS, 7000))
+    receive(port, room, lambda: len(room.order) == tap_linux._MANY_SHORT)
+    assert not room.lengths, "one at a time so far"
+    room.order.clear()
+    return port, room
+
+
+@needs_tap
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [10] * 100,
+        [145, 146, 147] * 5,  # 12 + 42 bytes of headers: one fits, one is as long, one is longer
+        [10] * 5 + [1400] + [10] * 5,
+        [1400] * 10,
+        [20, 1400, 20] * 20,
+    ],
+)
+def test_after_many_short_frames_some_are_read_at_a_time_and_longer_ones_arrive_whole(
+    namespace: str, tap: LinuxTap, sizes: list[int]
+) -> None:
+    port, room = after_short_ones(namespace, tap)
+    texts = [b"%4d" % n + bytes([n]) * (size - 4) for n, size in enumerate(sizes)]
+    with udp_socket(namespace) as sender:
+        for text in texts:
+            sender.sendto(text, (OURS, 7000))
+    receive(port, room, lambda: len(room.order) == len(texts))
+    assert [frame[54:] for frame in room.order] == texts
+    assert room.lengths or sizes[0] > 145, "the short ones at the start stand in their places"
+    assert not port.dropped
+
+
+@needs_tap
+def test_segments_of_64_kib_among_short_frames_arrive_whole(namespace: str, tap: LinuxTap) -> None:
+    """With the longest that a kernel makes: nothing of them is cut by the place or the spill."""
+    port, room = after_short_ones(namespace, tap)
+    short = bytes.fromhex("0200000000ff0200000000ee88b5") + bytes(46)
+    header, segments = tcp((7001, 7002), 1, 1, 0x10, os.urandom(65535 - 54), mss=1400)
+    with inside(namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)) as sender:
+        sender.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR: packet(7)
+        sender.bind((tap.name, 0))
+        for head, frame in [(PLAIN, short)] * 9 + [(header, segments), (PLAIN, short)]:
+            sender.send(head[:10] + frame)
+    receive(port, room, lambda: len(room.order) == 11)
+    assert [frame[12:] for frame in room.order] == [*[short] * 9, segments, short]
+    assert len(room.lengths) == 9
+    with udp_socket(namespace) as endpoint:
+        endpoint.sendto(b"short again", (OURS, 7000))
+    receive(port, room, lambda: len(room.order) == 12)
+    assert len(room.lengths) == 9, "there may be more long ones: one at a time for a while"
+    assert NET_HDR.unpack(room.order[9][:12])[:3] == NET_HDR.unpack(header)[:3]
+    assert not port.dropped
+
+
+@needs_tap
+def test_frames_that_come_after_there_had_been_none_keep_their_order_when_spilling(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read of a burst finds out by itself whether a frame waits."""
+    port, room = after_short_ones(namespace, tap)
+
+    def submit(*_: object) -> array[int]:
+        for number, place in enumerate(room.memory[:5]):
+            place[12:] = bytes([number]) * 188
+        return array("i", [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4])
+
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
+    assert port.read_burst(room, 8) == 3
+    assert [frame[12:] for frame in room.order] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
+    assert room.lengths == [72]
+
+
+@needs_tap
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN])
+def test_errors_that_pass_end_a_burst_that_spills(
+    namespace: str, tap: LinuxTap, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, room = after_short_ones(namespace, tap)
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [72] + [-error] * 7))
+    assert port.read_burst(room, 8) == 1
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [-errno.EBADFD] * 8))
+    with pytest.raises(OSError, match="the tap is gone"):
+        port.read_burst(room, 8)
+
+
+@needs_tap
+def test_a_frame_that_may_have_been_cut_by_its_spill_is_dropped(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody raised gso_max_size: from then on frames are read one by one, with enough room."""
+    port, room = after_short_ones(namespace, tap)
+    longest = tap_linux._LONGEST_SEGMENTED
+    answers = array("i", [72, 12 + longest, *[-errno.EAGAIN] * 6])
+    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
+    assert port.read_burst(room, 8) == 2
+    assert list(map(len, room.order)) == [72, 12 + longest]
+    port._short_ones = tap_linux._MANY_SHORT
+    answers[1] += 1
+    assert port.read_burst(room, 8) == 1
+    assert port.dropped == {"too long": 1}
+    assert port._short_ones == tap_linux._MANY_SHORT
+    monkeypatch.undo()
+    with udp_socket(namespace) as sender:
+        sender.sendto(b"short", (OURS, 7000))
+    room.order.clear()
+    receive(port, room, lambda: len(room.order) == 1)
+    assert room.lengths == [72, 72], "one by one"
+
+
+@needs_tap
+def test_as_many_as_there_are_spills_are_read_at_a_time(namespace: str, tap: LinuxTap) -> None:
+    port, room = after_short_ones(namespace, tap)
+    texts = [b"%4d" % n for n in range(150)]
+    with udp_socket(namespace) as sender:
+        for text in texts:
+            sender.sendto(text, (OURS, 7000))
+    assert port.read_burst(room, 128) == 128
+    assert port.read_burst(room, 128) == 22
+    assert [frame[54:] for frame in room.order] == texts
+    assert len(room.lengths) == 150
+
+
+@needs_tap
+def test_a_long_frame_that_comes_alone_has_the_next_ones_read_alone(
+    namespace: str, tap: LinuxTap
+) -> None:
+    port, room = after_short_ones(namespace, tap)
+    port._short_ones = 0
+    with udp_socket(namespace) as sender:
+        for number in range(2 * tap_linux._MANY_SHORT):
+            if number == tap_linux._MANY_SHORT - 1:
+                tap.set_mtu(3000)
+            size = 2000 if number == tap_linux._MANY_SHORT - 1 else 20
+            sender.sendto(bytes(size), (OURS, 7000))
+            receive(port, room, lambda: len(room.order) == number + 1)  # noqa: B023
+    assert not room.lengths
+
+
 class VectorRoom(LendingRoom):
     """Lends one place of a hundred bytes and a longer one behind it, for one frame at a time."""
 
@@ -1439,7 +1645,7 @@ class VectorRoom(LendingRoom):
         self.vectors = IoVectors(2)
         self.got: list[bytes] = []
 
-    def lend_apart(self, limit: int, longest: int) -> None:  # type: ignore[override]
+    def lend_apart(self, limit: int) -> None:  # type: ignore[override]
         return None
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]
@@ -1459,7 +1665,7 @@ class PlacesOfAnySize(LendingRoom):
         self.asked_for: list[int] = []
         self.vectors = IoVectors(1)
 
-    def lend_apart(self, limit: int, longest: int) -> None:  # type: ignore[override]
+    def lend_apart(self, limit: int) -> None:  # type: ignore[override]
         return None
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int]:  # type: ignore[override]

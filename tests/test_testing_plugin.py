@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vq.driver import DeviceError
 from vq.errors import UsageError
 from vq.link import LoopbackLink
 from vq.memory import GuestMemory
+from vq.mmio import MmioRegisters
+from vq.model import DeviceModel
 from vq.net import NetDevice
 from vq.net_driver import NetDriver
 from vq.testing import wiring
@@ -43,6 +46,13 @@ class Entropy(EntropyDevice):
     def close(self) -> None:
         super().close()
         Entropy.closed += 1
+
+
+class Forgetful(DeviceModel):
+    device_id = 63
+
+    def __init__(self) -> None:
+        super().__init__(queues=[("requests", 16, lambda requests: None)])
 
 
 # --- memory and wires ----------------------------------------------------------------------------
@@ -114,8 +124,55 @@ def test_a_device_that_does_not_answer_is_an_error_in_time(
     wired = vq_wire(device)
     wired.driver.probe()
     monkeypatch.setattr(device, "process", lambda queue, ring: False)
-    with pytest.raises(DeviceError, match="an answer on queue 0 did not happen"):
+    with pytest.raises(DeviceError, match=r"no answer on queue 0 in .* has taken none"):
         wired.request(0, room=10)
+
+
+@pytest.mark.parametrize("via", WIRES)
+def test_a_device_that_forgets_to_complete_is_told_so(vq_wire: Wire, via: str) -> None:
+    device = Forgetful()
+    wired = vq_wire(device, via)
+    wired.driver.probe()
+    with pytest.raises(DeviceError, match="has not completed 1 that it has taken"):
+        wired.request(0, room=10, timeout=0.05)
+
+
+class Unmade(DeviceModel):
+    device_id = 63
+
+    def __init__(self) -> None:
+        """Without that of its base."""
+
+
+@pytest.mark.parametrize(
+    ("device", "complaint"),
+    [
+        (Entropy, r"Entropy is a class: make a device of it, Entropy\(\)"),
+        (Unmade(), r"Unmade.__init__ does not call super\(\).__init__"),
+        ("rng", r"'rng' is no device"),
+    ],
+)
+def test_what_is_no_device_is_named(
+    vq_wire: Wire, vq_guest: Callable[..., Any], device: Any, complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        vq_wire(device)
+    with pytest.raises(UsageError, match=complaint):
+        vq_guest(device)
+    with pytest.raises(UsageError, match=complaint):
+        MmioRegisters(device)
+
+
+def test_a_device_is_one_loops(vq_wire: Wire, tmp_path: Path) -> None:
+    """Two threads served it, and both moved its rings."""
+    device = Entropy()
+    with ServedDevices([device], tmp_path):
+        with pytest.raises(UsageError, match="this Entropy is served already"):
+            vq_wire(device)
+        (tmp_path / "second").mkdir()
+        with pytest.raises(UsageError, match="this Entropy is served already"):
+            ServedDevices([device], tmp_path / "second")
+        assert not list((tmp_path / "second").iterdir())
 
 
 def test_a_device_that_needs_a_reset_is_an_error_with_its_reason(vq_wire: Wire) -> None:
@@ -153,6 +210,7 @@ def test_a_guests_failed_command_says_what_its_device_suffers_from(
 ) -> None:
     device = NetDevice(LoopbackLink())
     guest = vq_guest(device)
+    assert guest.call(threading.current_thread) is not threading.current_thread()
     with pytest.raises(GuestError, match=r"ended with 3: no$"):
         guest.output("echo no; exit 3")
     monkeypatch.setattr(device, "fault", KeyError("colour"))

@@ -6,7 +6,9 @@ The names here are what most programs need; everything else is in the modules, o
 * device models: `vq.model` and `vq.request` to write your own, `vq.net`, `vq.devices`
 * what a net device is plugged into: `vq.link`, `vq.tap`, `vq.stream`, `vq.pcap_link`
 * a device's registers, for a machine of your own: `vq.mmio`, `vq.pci`
-* the guest's side, for tests: `vq.driver`, `vq.net_driver`
+* devices on vhost-user sockets: `vq.vhost_user`, `vq.loop`
+* the guest's side, for tests: `vq.driver`, `vq.net_driver`; fixtures, hostile drivers and real
+  guests: `vq.testing`; sessions as regression tests: `vq.recording`
 """
 
 from vq.device import Device, Queue

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = join_option_values(sys.argv[1:] if argv is None else list(argv))
     named = words[0] if words and words[0] in COMMANDS else None
     try:
+        if named == "serve":
+            _check_device_first(words[1:])
         arguments = parser(named).parse_args(words)
         status: int = importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
         _flush_output()
@@ -83,6 +85,12 @@ def join_option_values(words: list[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def _check_device_first(words: Sequence[str]) -> None:
+    """Which options there are depends on the device, so it stands before them."""
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        raise UsageError(f"the device stands before its options: vq serve DEVICE {words[0]} ...")
 
 
 def _sentence(summary: str) -> str:

@@ -24,10 +24,13 @@ def check_queues(queues: object) -> None:
     specs = list(queues) if isinstance(queues, Iterable) else [queues]
     if not specs:
         raise UsageError("a device model has at least one queue")
+    names = set()
     for spec in specs:
         match spec:
-            case [str(), int(), handler] if handler is None or callable(handler):
-                pass
+            case [str(name), int(), handler] if handler is None or callable(handler):
+                if name in names:  # logs, recordings and `from_outside` go by it
+                    raise UsageError(f"two queues have the name {name!r}")
+                names.add(name)
             case _:
                 raise UsageError(f"{_QUEUES}, not {spec!r}")
 

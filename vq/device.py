@@ -1,6 +1,6 @@
 """A device model's base: features, status, configuration space, queues and reset. No I/O.
 
-A device model derives from `Device`, says what it is (`device_id`, `queue_names`, features, a
+A device model derives from `Device`, says what it is (`device_id`, queues, features, a
 configuration structure) and handles its queues in `process`. A transport, or a scripted driver that
 calls the same methods directly, stands on the other side: the methods up to `notify` are what a
 driver can do to a device, and their names are those of `vq.driver.Transport`.
@@ -27,7 +27,15 @@ from vq.log_limit import limited_logger
 from vq.memory import GuestMemory
 from vq.split_ring import InflightLog, SplitRing
 
-__all__ = ["RING_FEATURES", "Alarm", "Device", "Queue", "Watch", "with_needs_met"]
+__all__ = [
+    "RING_FEATURES",
+    "Alarm",
+    "Device",
+    "Queue",
+    "Watch",
+    "check_made",
+    "with_needs_met",
+]
 
 log = limited_logger(__name__)
 
@@ -60,6 +68,20 @@ def with_needs_met(features: int, needs: Mapping[int, int]) -> int:
         if not unmet:
             return features
         features &= ~unmet
+
+
+def check_made(device: object) -> None:
+    """Raises `UsageError` for what cannot be served or driven: no device, or one not made in full.
+
+    Among them are a class in the place of a device, and a model whose `__init__` does not call that
+    of its base.
+    """
+    if isinstance(device, type):
+        raise UsageError(f"{device.__name__} is a class: make a device of it, {device.__name__}()")
+    if not isinstance(device, Device):
+        raise UsageError(f"{device!r} is no device")
+    if "queues" not in vars(device):
+        raise UsageError(f"{type(device).__name__}.__init__ does not call super().__init__")
 
 
 class Queue:
@@ -136,8 +158,13 @@ class Alarm:
 class Device(ABC):
     """A device model without its transport.
 
-    `queue_sizes` gives each queue's largest size, a power of two up to 32768; `features` is what
-    the device offers. What `features` names but lacks a feature that it needs is not offered.
+    `queues` gives each queue's name and its largest size, a power of two up to 32768; `features` is
+    the set of bits that the device offers. What `features` names but lacks a feature that it needs
+    is not offered. `config` is the configuration space. `memory` is the guest's, where
+    that is known already; otherwise the transport sets it.
+
+    `stats` counts what a device of this kind counts, and is kept over resets. `fault` is why the
+    device needs a reset, or None.
     """
 
     device_id: ClassVar[int]
@@ -151,6 +178,12 @@ class Device(ABC):
     """Names of queues whose answers come from outside, as what arrives at a console does.
 
     They may have * and ?. A session that was recorded can only be replayed up to what comes there.
+    """
+    host_methods: ClassVar[Collection[str]] = ()
+    """Methods by which the host does something to the device that no driver can do.
+
+    A session that is recorded has their calls, and a replay makes them. Arguments are numbers and
+    bytes.
     """
     ring_class: Callable[..., SplitRing] = SplitRing
     """What makes the rings: with a class derived from `SplitRing` one can listen in."""

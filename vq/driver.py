@@ -691,6 +691,11 @@ class Driver:
 
     `negotiate`, then `setup_queue` for each queue, then `start`; or `probe` for all three. A driver
     for one type of device stands on top of it.
+
+    `queues` has the `DriverRing` of each queue by its index, once it is set up: its `add` places
+    buffers, `kick` shows them to the device, its `collect` takes them back. `allocator` hands out
+    guest memory for them. `features` is what was negotiated; `needs_reset` says that the device
+    works no more before a reset. `calls` and `config_changes` count notifications.
     """
 
     RESET_SECONDS = 1.0
@@ -702,12 +707,14 @@ class Driver:
         self,
         transport: Transport,
         memory: GuestMemory,
-        wanted_features: int,
+        wanted_features: int = -1,
         *,
         queue_size: int = 256,
         allocator: GuestAllocator | None = None,
     ) -> None:
-        """`queue_size` is the most that queues get; a device may have room for less.
+        """`wanted_features` is a set of bits, by default all that there are.
+
+        `queue_size` is the most that queues get; a device may have room for less.
 
         VERSION_1 is always wanted; of the features that any device may have, only those in
         `DRIVER_FEATURES` are accepted, whatever is wanted.

@@ -34,9 +34,11 @@ SYSTEM_CALLS = ("io_uring_enter",)
 class Opcode(IntEnum):
     """What a request does (`enum io_uring_op`).
 
-    With WRITEV the memory of a request is an array of `struct iovec`, and its length their number.
+    With READV and WRITEV the memory of a request is an array of `struct iovec`, and its length is
+    their number.
     """
 
+    READV = 1
     WRITEV = 2
     READ = 22
     WRITE = 23

@@ -85,19 +85,27 @@ class PlacesRoom(Room, Protocol):
     for something else. Net headers go into them too, with num_buffers 0.
     """
 
-    def lend_apart(self, limit: int, longest: int) -> Places | None:
-        """A place each for up to `limit` frames of up to `longest` bytes, and a byte more, by which
-        the link knows a frame that was longer. They are `MOST_AT_ONCE` at most.
+    looks_at: int
+    """How many bytes of a frame's start `commit_apart` is to see, net header included. Every place
+    has that many."""
 
-        None when frames have to be dealt with one by one.
+    def lend_apart(self, limit: int) -> Places | None:
+        """A place each for up to `limit` frames, but `MOST_AT_ONCE` at most.
+
+        A frame may be longer than its place: the link keeps it for `commit_private`. None when
+        frames have to be dealt with one by one.
         """
 
-    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], starts: memoryview) -> bool:
         """Frames stand in the first places that were lent, each of so many bytes, header included.
 
-        `headers` is a private copy of their net headers, one behind another. When the answer is
-        true it was made complete, and the link puts the headers back into the places.
+        `starts` is a private copy of what stands first in each place, `looks_at` bytes, one behind
+        another. When the answer is true it was made complete, and the link puts it back into the
+        places.
         """
+
+    def commit_private(self, frame: Frame) -> None:
+        """A frame that the link has in memory of its own; the places are lent no more."""
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
         """Places that the next frame fills one after another, with room for one of `longest` bytes

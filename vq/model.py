@@ -17,6 +17,11 @@ A handler completes a request at once, or keeps it and completes it later, or le
 (`DeviceModel.run_in`) or to a coroutine (`DeviceModel.run_async`, or a handler that is one). All
 that has been completed when a handler returns goes back in one burst, with one call at the most.
 
+A model calls `has_feature`, `update_config`, `take`, `flush`, `run_in`, `run_async`, `watch` and
+`alarm`, and may override `driver_ready`, `config_written`, `buffers_available`, `device_reset` and
+`close` (and calls `super().close()` there). All of that is done in one thread, the one of the event
+loop that serves the device; others only complete requests.
+
 What goes wrong in a handler, or in work that was left to a thread, makes the device need a reset
 (virtio 1.3, 2.1.2): the traceback is in the log, the reason in `fault`, and the process lives.
 """
@@ -70,7 +75,7 @@ class DeviceModel(Device):
     `config` is the configuration space: a ctypes structure of little-endian fields, of which the
     driver may write those named in `config_writable`.
 
-    Raises `UsageError` for what cannot be.
+    `memory` is the guest's, where that is known already. Raises `UsageError` for what cannot be.
     """
 
     config_writable: ClassVar[Collection[str]] = ()

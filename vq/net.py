@@ -142,6 +142,7 @@ class NetDevice(Device):
 
     device_id = DeviceId.NET
     feature_bits = NetFeature
+    host_methods = ("set_link_up", "set_mtu", "send_rarp")
     feature_needs: ClassVar[Mapping[int, int]] = {  # virtio 1.3, 5.1.3.1
         NetFeature.GUEST_TSO4: _GUEST_CSUM,
         NetFeature.GUEST_TSO6: _GUEST_CSUM,
@@ -769,6 +770,7 @@ class NetDevice(Device):
             window.configure(
                 takes=takes,
                 wants=wants,
+                always_wanted=self.filter.own_address,
                 private=self.lock_mac,
                 largest_plain=None if mtu is None else mtu + _ETHERNET_AND_VLANS,
             )

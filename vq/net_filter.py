@@ -61,6 +61,11 @@ class ReceiveFilter:
         self.unicast = frozenset(unicast[:MAX_TABLE])
         self.multicast = frozenset(multicast[:MAX_TABLE])
 
+    @property
+    def own_address(self) -> bytes | None:
+        """The destination whose frames without a VLAN are wanted in any case, if there is one."""
+        return None if self.no_unicast else self.mac
+
     def wants(self, start: bytes) -> bool:
         """Whether the guest wants a frame that starts with these bytes (16 are enough).
 

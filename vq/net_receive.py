@@ -49,6 +49,7 @@ _MOST_LENT = 1000  # the kernel takes 1024 vectors at a time
 _VECTORS = 2048
 _NUM_BUFFERS = struct.Struct("<H")
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
+_VLAN = int.from_bytes(b"\x81\x00", sys.byteorder)
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * MOST_AT_ONCE)
 _NOTHING_UNDONE = memoryview(bytes(2 * MOST_AT_ONCE)).cast("H")
@@ -59,7 +60,7 @@ class ReceiveWindow:
 
     A frame that needs more room than the guest has made available waits in private memory, and the
     link is lent no room until it found its place: nothing that was read gets lost, and no more
-    than one frame's worth of memory is held.
+    than one burst's worth of memory is held.
 
     `stats` counts ``rx_frames``, ``rx_bytes`` and, as ``rx_dropped: reason``, what was dropped.
     """
@@ -93,6 +94,9 @@ class ReceiveWindow:
         self._shortest = 0  # bytes in the smallest of the buffers; 0 with a chain of several
         self._expected = 0  # length of the last frame: the next may well be as long
         self._as_is = frozenset((b"\0\0",))
+        self.looks_at = NET_HDR_SIZE
+        """See `vq.link.PlacesRoom`."""
+        self._always_wanted: list[memoryview] = []  # see `_all_wanted`
 
     def configure(
         self,
@@ -101,10 +105,17 @@ class ReceiveWindow:
         wants: Callable[[bytes], bool] | None,
         private: bool,
         largest_plain: int | None,
+        always_wanted: bytes | None = None,
     ) -> None:
-        """Sets what the guest takes undone, the filter, and whether frames stay private first."""
+        """Sets what the guest takes undone, the filter, and whether frames stay private first.
+
+        Frames to the address `always_wanted` need not be shown to the filter unless they have a
+        VLAN tag.
+        """
         self.takes = takes
         self.wants = wants
+        self.looks_at = NET_HDR_SIZE if wants is None else NET_HDR_SIZE + _START
+        self._always_wanted = _columns(always_wanted) if always_wanted else []
         self.private = private
         self.largest_plain = largest_plain
         self._as_is = _headers_taken_as_they_are(takes)
@@ -182,49 +193,79 @@ class ReceiveWindow:
 
     # --- PlacesRoom: the short way --------------------------------------------------------------
 
-    def lend_apart(self, limit: int, longest: int) -> Places | None:
+    def lend_apart(self, limit: int) -> Places | None:
         """See `vq.link.PlacesRoom`."""
-        if (
-            self.wants is not None
-            or (self.largest_plain is not None and self.largest_plain < longest)
-            or not self._holds_usual()
-        ):
+        if not self._holds_usual():
             return None
         self._usual.give_back()
         run = self._usual.run
         limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
             self._usual.refill(MOST_AT_ONCE)
-        if run.shortest <= NET_HDR_SIZE + longest:
+        if run.shortest < _SHORTEST:
             return None
         return run.addresses[:limit], run.lengths[:limit]
 
-    def commit_apart(self, lengths: array[int], headers: memoryview) -> bool:
+    def commit_apart(self, lengths: array[int], starts: memoryview) -> bool:
         """See `vq.link.PlacesRoom`."""
         count = len(lengths)
-        flags_and_gso = headers.cast("H")[:: NET_HDR_SIZE // 2]
-        if flags_and_gso != _NOTHING_UNDONE[:count]:
-            as_is = self._as_is
-            if not all(pair.to_bytes(2, sys.byteorder) in as_is for pair in flags_and_gso):
-                self._commit_one_by_one(lengths, headers)
-                return False
-        headers[10::NET_HDR_SIZE] = _ONES[:count]  # num_buffers (5.1.6.4)
+        if not (
+            self._are_as_is(starts, count)
+            and self._all_wanted(starts, lengths)
+            and (self.largest_plain is None or max(lengths) <= NET_HDR_SIZE + self.largest_plain)
+        ):
+            self._commit_one_by_one(lengths, starts)
+            return False
+        starts[10 :: self.looks_at] = _ONES[:count]  # num_buffers (5.1.6.4)
         self._usual.use(lengths)
         self._stats["rx_frames"] += count
         self._stats["rx_bytes"] += total(lengths) - NET_HDR_SIZE * count
         return True
 
-    def _commit_one_by_one(self, lengths: Sequence[int], headers: memoryview) -> None:
-        """Some of the frames leave undone what the guest does not take.
+    def _are_as_is(self, starts: memoryview, count: int) -> bool:
+        """Whether the guest takes what these frames leave undone."""
+        flags_and_gso = starts.cast("H")[:: self.looks_at // 2]
+        if flags_and_gso == _NOTHING_UNDONE[:count]:
+            return True
+        return all(pair.to_bytes(2, sys.byteorder) in self._as_is for pair in flags_and_gso)
+
+    def _all_wanted(self, starts: memoryview, lengths: array[int]) -> bool:
+        """Whether all frames pass the filter; where all are for one address, in a few steps."""
+        if self.wants is None:
+            return True
+        count, size = len(lengths), self.looks_at
+        words = starts.cast("H")
+        destination = range(NET_HDR_SIZE // 2, NET_HDR_SIZE // 2 + 3)
+        if self._always_wanted and all(
+            words[word :: size // 2] == column[:count]
+            for word, column in zip(destination, self._always_wanted, strict=True)
+        ):
+            types = words[NET_HDR_SIZE // 2 + 6 :: size // 2]
+            if _VLAN not in types.tolist():
+                return True
+        return all(
+            self.wants(bytes(starts[first + NET_HDR_SIZE : first + min(size, length)]))
+            for first, length in zip(range(0, size * count, size), lengths, strict=True)
+        )
+
+    def _commit_one_by_one(self, lengths: Sequence[int], starts: memoryview) -> None:
+        """Some of the frames are not wanted, or leave undone what the guest does not take.
 
         All of them are copied, and get their places anew.
         """
         frames: list[Frame] = []
         for index, length in enumerate(lengths):
-            start = NET_HDR_SIZE * index
-            header = bytes(headers[start : start + NET_HDR_SIZE])
+            start = self.looks_at * index
+            header = bytes(starts[start : start + NET_HDR_SIZE])
             frames.append([header, bytes(self._usual.run.view(index)[NET_HDR_SIZE:length])])
         for frame in frames:
+            self.commit_private(frame)
+
+    def commit_private(self, frame: Frame) -> None:
+        """See `vq.link.PlacesRoom`."""
+        if self.wants is not None and not self.wants(b"".join(frame[1:])[:_START]):
+            self._drop("filtered")
+        else:
             self.deliver(frame)
 
     def lend_together(self, longest: int) -> tuple[IoVectors, int, int] | None:
@@ -645,6 +686,12 @@ class _UsualBuffers:
         self._vectors.put(place, run.addresses[self._shown :], run.lengths[self._shown :])
         self._shown = len(run)
         self._vectors.put(self._first + self._shown, *self._spill_place)
+
+
+def _columns(address: bytes) -> list[memoryview]:
+    """The three words of an address, each as often as frames may come at once."""
+    words = memoryview(address).cast("H")
+    return [memoryview(array("H", [word]) * MOST_AT_ONCE) for word in words]
 
 
 def _headers_taken_as_they_are(takes: Offload) -> frozenset[bytes]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from vq.abi import NO_VECTOR, Feature, Interrupt
-from vq.device import Device
+from vq.device import Device, check_made
 from vq.errors import UsageError
 from vq.log_limit import limited_logger
 
@@ -115,10 +115,11 @@ class RegisterTransport:
 
     The device is this transport's from here on: its notifications come here. `interrupt` hears of
     every change of the level-triggered interrupt line: True when it is raised. Raises `UsageError`
-    when the device has no guest memory.
+    when the device has no guest memory, or is none.
     """
 
     def __init__(self, device: Device, interrupt: Callable[[bool], None] | None = None) -> None:
+        check_made(device)
         if device.memory is None:
             raise UsageError("a device needs its guest's memory before it has registers")
         self.device = device

@@ -22,6 +22,7 @@ from vq.recording.show import as_json, describe
 
 __all__ = ["add_arguments", "run"]
 
+_OWN_OPTIONS = ("--show", "--data", "--json", "--ignore")
 _BEFORE_PROGRESS = 1.0
 """Seconds after which it says how far it is."""
 
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.device == []:
         raise UsageError("--device takes a device and its options, as vq serve does")
+    for word in args.device or ():
+        if word in _OWN_OPTIONS:
+            raise UsageError(f"{word} stands before --device, which takes all that follows it")
     if args.show:
         return _show(args)
     session = Replay(args.file)

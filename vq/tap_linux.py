@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -49,6 +50,7 @@ from vq.link import (
     Tap,
     scatter,
 )
+from vq.memory import address_of
 from vq.netlink import interface_in
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
@@ -108,6 +110,14 @@ _FEW_LONG = 3
 """Of those so many are read at a time: the guest is to begin on them while more are read."""
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
+_SHORT = NET_HDR_SIZE + 1514 + TAGS
+"""Bytes of a frame that is not to be segmented, on most networks."""
+_MANY_SHORT = 64
+"""After so many of those in a row the next are expected to be like them."""
+_SPILLS = 64
+"""Frames that are read together, where each may be longer than its place."""
+
+_TWO_EACH = array("I", [2] * _SPILLS)
 
 T = TypeVar("T")
 
@@ -122,15 +132,16 @@ class _Batches:
     BYTES = 2048 * COUNT
 
     def __init__(self, fd: int) -> None:
-        self.ring = RequestRing(fd, (Opcode.WRITE, Opcode.READ, Opcode.WRITEV), self.COUNT)
+        opcodes = Opcode.WRITE, Opcode.READ, Opcode.WRITEV, Opcode.READV
+        self.ring = RequestRing(fd, opcodes, self.COUNT)
         try:
             self.slab = Slab(self.BYTES, self.COUNT)
             self._words = Slab(_WORD * self.COUNT, self.COUNT)
             self._pieces = IoVectors(MOST_PIECES)
+            self._spills = _Spills()
         except BaseException:
             self.ring.close()
             raise
-        self._headers = array("I", [NET_HDR_SIZE] * self.COUNT)
         self._word = array("I", [_WORD] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
         self._starts = array("Q")  # where their frames start
@@ -146,6 +157,21 @@ class _Batches:
             self.ring.lengths[first : first + count] = lengths
             self._room = lengths
         return self.ring.submit(first, count)
+
+    def read_spilling(self, places: Places) -> array[int]:
+        """Likewise, up to `_SPILLS` frames; what a place has no room for stands in its spill."""
+        count = len(places[0])
+        vectors = self._spills.behind(places)
+        first = 3 * self.COUNT
+        self.ring.addresses[first : first + count] = vectors
+        self.ring.lengths[first : first + count] = _TWO_EACH[:count]
+        return self.ring.submit(first, count)
+
+    def whole(self, index: int, place: int, size: int, length: int) -> Frame:
+        """A private copy of what was read into a place of `size` bytes and its spill."""
+        header = ctypes.string_at(place, NET_HDR_SIZE)
+        data = ctypes.string_at(place + NET_HDR_SIZE, min(length, size) - NET_HDR_SIZE)
+        return [header, data, self._spills.content(index, length - size)]
 
     def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """Copies frames into the slab, one behind another; the first word of each ("I")."""
@@ -182,16 +208,48 @@ class _Batches:
             self.ring.lengths[:count] = lengths
             self._prepared = lengths[:]
 
-    def gather_headers(self, addresses: array[int]) -> memoryview:
-        """A private copy of the net headers at these addresses; `slab.put_back` is the way back."""
+    def gather_starts(self, addresses: array[int], size: int) -> memoryview:
+        """A private copy of `size` bytes at each address; `slab.put_back` is the way back."""
         count = len(addresses)
-        self.slab.gather(addresses, self._headers[:count], NET_HDR_SIZE * count)
-        return self.slab.view[: NET_HDR_SIZE * count]
+        self.slab.gather(addresses, array("I", [size]) * count, size * count)
+        return self.slab.view[: size * count]
 
     def close(self) -> None:
         self.ring.close()
         self.slab.close()
         self._words.close()
+
+
+class _Spills:
+    """Private memory behind places that may be too short for the frames that are read into them."""
+
+    SIZE = 1 << 17
+    """Bytes: more than the longest frame, so that none can be cut without being too long."""
+
+    def __init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, self.SIZE * _SPILLS, flags)  # nothing until it is touched
+        self._view = memoryview(self._memory)
+        first = address_of(self._view)
+        self._vectors = IoVectors(2 * _SPILLS)
+        self._starts = self._vectors.places([2] * _SPILLS)
+        self._addresses = array("Q", [0, 0]) * _SPILLS
+        self._addresses[1::2] = array("Q", range(first, first + self.SIZE * _SPILLS, self.SIZE))
+        self._lengths = array("I", [0, self.SIZE]) * _SPILLS
+
+    def behind(self, places: Places) -> array[int]:
+        """Vectors of each place and its spill: where they lie ("Q")."""
+        addresses, lengths = places
+        count = len(addresses)
+        self._addresses[: 2 * count : 2] = addresses
+        self._lengths[: 2 * count : 2] = lengths
+        self._vectors.put(0, self._addresses[: 2 * count], self._lengths[: 2 * count])
+        return self._starts[:count]
+
+    def content(self, index: int, length: int) -> memoryview:
+        """What stands in a spill."""
+        first = self.SIZE * index
+        return self._view[first : first + max(0, length)]
 
 
 class _TapOutbox:
@@ -266,6 +324,7 @@ class LinuxTapPort(Port):
         self._beyond = bytearray(1)
         self._likely = _FEW
         self._longest_usual = _LONGEST_SEGMENTED
+        self._short_ones = 0  # frames in a row
         self.longest = MAX_FRAME
         """The longest frame that is expected, in bytes."""
         self._longest_later: int | None = None
@@ -363,9 +422,14 @@ class LinuxTapPort(Port):
                     if length > NET_HDR_SIZE + longest:
                         self._longest_usual = MAX_FRAME
                         self._too_long()
+                        limit -= 1  # for who floods us with such, this is a burst too
                         continue
                     by_address.commit_together(length)
                     moved += 1
+                    if length <= _SHORT:
+                        self._short_ones += 1
+                    else:
+                        self._short_ones = 0
                     self.burst = _FEW_LONG if length > _LONG else Port.burst
                     continue
                 views = room.views()
@@ -374,6 +438,7 @@ class LinuxTapPort(Port):
                 length = self._read_frame(views)
                 if length > len(views[0]) and length > sum(map(len, views)):
                     self._too_long()
+                    limit -= 1
                     continue
                 room.commit(bytes(self._header), length)
                 moved += 1
@@ -395,37 +460,79 @@ class LinuxTapPort(Port):
             return self._read_private(views)
 
     def _read_apart(self, room: PlacesRoom, limit: int) -> int | None:
-        """Reads frames that are short enough for one place each; None if not all of them are.
+        """Reads frames that are short enough for one place each; None if they may well not be.
 
         The net header goes along: the kernel fills in ten bytes of it and sets the rest to 0.
         """
-        batches, longest = self._batches, self.longest
+        batches = self._batches
         if batches is None:
             return None
         moved, most = 0, self._likely
         while moved < limit:
-            places = room.lend_apart(min(limit - moved, most), longest)
+            places = room.lend_apart(min(limit - moved, most))
             if places is None:
                 return moved or None
+            spilling = min(places[1]) <= NET_HDR_SIZE + self.longest
+            if spilling and not self._expects_short_ones():
+                return moved or None
+            if spilling:
+                places = places[0][:_SPILLS], places[1][:_SPILLS]
             asked, most = len(places[0]), batches.COUNT
             try:
-                results = batches.read(places)
+                results = batches.read_spilling(places) if spilling else batches.read(places)
             except OSError:  # forbidden since (seccomp); the plain way may not be
                 self.close()
                 return moved or None
-            lengths = self._received(results, places)
+            longer: list[Frame] = []
+            if spilling:
+                lengths = self._received_spilling(results, places, longer)
+            else:
+                lengths = self._received(results, places)
             count = len(lengths)
             if count:
                 addresses = places[0][:count]
-                headers = batches.gather_headers(addresses)
-                if room.commit_apart(lengths, headers):
+                starts = batches.gather_starts(addresses, room.looks_at)
+                if room.commit_apart(lengths, starts):
                     batches.slab.put_back()
-                moved += count
-            if count < asked:
+            for frame in longer:
+                room.commit_private(frame)
+            moved += count + len(longer)
+            if count + len(longer) < asked:
                 self._none_waits()
                 break
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
         return moved
+
+    def _expects_short_ones(self) -> bool:
+        """Whether the next frames are likely to fit their places though longer ones may come."""
+        return self._short_ones >= _MANY_SHORT and self._longest_usual <= _LONGEST_SEGMENTED
+
+    def _received_spilling(
+        self, results: array[int], places: Places, longer: list[Frame]
+    ) -> array[int]:
+        """The lengths of the frames that came and stand in the first places then.
+
+        From the first one on that is longer than its place, they are copied into `longer`.
+        """
+        addresses, sizes = places
+        if all_between(results, 1, min(sizes)):
+            return array("I", results.tobytes())
+        assert self._batches is not None
+        lengths = array("I")
+        longest = min(self.longest, self._longest_usual)
+        for index, result in enumerate(results):
+            if 0 < result <= sizes[index] and len(lengths) == index:
+                lengths.append(result)
+            elif result > NET_HDR_SIZE + longest:
+                self._longest_usual = MAX_FRAME
+                self._too_long()
+            elif result > 0:
+                if result > sizes[index]:
+                    self._short_ones = 0
+                longer.append(self._batches.whole(index, addresses[index], sizes[index], result))
+            elif -result not in _NOT_NOW and not (lengths or longer):
+                raise _in_words(OSError(-result, os.strerror(-result)))
+        return lengths
 
     def _received(self, results: array[int], places: Places) -> array[int]:
         """The lengths of the frames that came, which stand in the first places then."""

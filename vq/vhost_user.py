@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from vq.device import Alarm, Device, Watch
+from vq.device import Alarm, Device, Watch, check_made
 from vq.errors import FrontendError, UsageError
 from vq.log_limit import limited_logger
 from vq.loop import Loop, Timer
@@ -180,8 +180,8 @@ class Server:
     `on_disconnect` is called after each connection. A path is removed again by `close`; one that
     is left over from a process that died is replaced.
 
-    Raises `UsageError` when something else has the path or the device cannot offer what is wanted,
-    `OSError` when the path cannot be bound.
+    Raises `UsageError` when something else has the path, the device cannot offer what is wanted, or
+    another loop serves it; `OSError` when the path cannot be bound.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class Server:
         queue_num: int | None = None,
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
+        _check_free(device)
         self.connection: Connection | None = None
         self.connections = 0
         """How many frontends have come so far."""
@@ -348,11 +349,20 @@ class Client:
             self._on_disconnect()
 
 
+def _check_free(device: Device) -> None:
+    """Raises `UsageError` for what is no device, or one that a loop has already."""
+    check_made(device)
+    if device.on_watches_change is not None:
+        raise UsageError(f"this {type(device).__name__} is served already: make another one")
+
+
 def watch_device(device: Device, loop: Loop) -> None:
     """Lets the loop watch a device's own descriptors (a tap, say) as the device asks for it.
 
-    Alarms that the device sets are rung.
+    Alarms that the device sets are rung. Raises `UsageError` when a loop does so already: a device
+    is one thread's.
     """
+    _check_free(device)
 
     def apply(watch: Watch) -> None:
         loop.watch(

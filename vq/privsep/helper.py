@@ -54,7 +54,8 @@ from life to life, up to this."""
 
 _SIGNALS = {
     signal.SIGBUS: "memory that a guest shares was cut short under it, or the host has none left",
-    signal.SIGSYS: "it made a system call that is not on its list",
+    signal.SIGSYS: "it made a system call that is not on its list (for a model of your own see"
+    ' docs/security.md, "System calls")',
     signal.SIGKILL: "somebody killed it, or the host ran out of memory",
     signal.SIGSEGV: "it touched memory that is not there",
 }

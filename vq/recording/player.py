@@ -24,7 +24,6 @@ from vq.memory import GuestMemory
 from vq.model import DeviceModel
 from vq.recording.format import Event, Kind, RecordingReader
 from vq.recording.link import RecordedLink, RecordedPort, SentFrame
-from vq.recording.recorder import HOST_METHODS
 from vq.recording.ring import Found, sample_of
 from vq.recording.sample import Sample
 from vq.split_ring import SplitRing
@@ -475,8 +474,9 @@ class _Player:
 
     def _by_host(self, name: bytes, arguments: bytes) -> None:
         method = name.decode(errors="replace")
-        if method not in HOST_METHODS or not hasattr(self._device, method):
-            raise CaptureError(f"the recording is damaged: no host does {method}")
+        if method not in self._device.host_methods:
+            kind = type(self._device).__name__
+            raise CaptureError(f"the host did {method}, which is none of {kind}'s host_methods")
         values = json.loads(arguments)
         getattr(self._device, method)(
             *(bytes.fromhex(value) if isinstance(value, str) else value for value in values)

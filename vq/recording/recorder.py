@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 import json
 import logging
 import os
@@ -29,9 +30,6 @@ from vq.split_ring import SplitRing
 __all__ = ["Recorder"]
 
 log = logging.getLogger(__name__)
-
-HOST_METHODS = ("set_link_up", "set_mtu", "send_rarp")
-"""What a host does to a device beyond what a driver can do, where the device has such a method."""
 
 
 class Recorder:
@@ -104,9 +102,8 @@ class Recorder:
             ("reset", self._reset),
         ):
             self._put_before(device, name, before)
-        for name in HOST_METHODS:
-            if hasattr(device, name):
-                self._put_before(device, name, functools.partial(self._by_host, name))
+        for name in device.host_methods:
+            self._put_before(device, name, functools.partial(self._by_host, name))
         self._put_before(device, "_notify_config_change", self._config_changed)
         # A call that is made later would stand in the recording where nothing caused it.
         self._put_before(device, "publish_without_haste", lambda _, queue: device.publish(queue))
@@ -219,7 +216,8 @@ class Recorder:
         self._memory = None
         self._inside(reset)
 
-    def _by_host(self, name: str, method: Callable[..., Any], *args: Any) -> Any:
+    def _by_host(self, name: str, method: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        args = inspect.signature(method).bind(*args, **named).args
         plain = [arg.hex() if isinstance(arg, bytes) else arg for arg in args]
         self._cause(Kind.HOST, [], [name.encode(), json.dumps(plain).encode()])
         return self._inside(method, *args)

@@ -13,6 +13,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -90,6 +91,7 @@ class _Service:
         # Before there is anything to leave behind, and until nothing of it is left.
         _stop_by_signal(self._loop, stack)
         self._user = confinement.user_of(args)
+        self._threads = threading.enumerate()
         self._devices = kind.open_devices(args, stack)
         self._places = transport.open_places(args, kind.sockets_needed(args), kind.connector, stack)
 
@@ -107,6 +109,7 @@ class _Service:
 
     def _help(self) -> int:
         """Serves in a worker, and is its helper."""
+        self._refuse_threads()
         helper = Helper(
             self._loop,
             self._work,
@@ -118,6 +121,16 @@ class _Service:
         )
         sandbox.prepare()
         return helper.run()
+
+    def _refuse_threads(self) -> None:
+        """A fork has the thread that calls it and no other: a device would miss its own."""
+        threads = [one.name for one in threading.enumerate() if one not in self._threads]
+        if threads:
+            raise UsageError(
+                f"the device has started threads ({', '.join(threads)}), which the process that"
+                " serves guests would not have: start them when the driver is ready"
+                " (driver_ready), or use --sandbox=off"
+            )
 
     def _worker_is_ready(self) -> None:
         if self._args.sandbox != "off":

@@ -13,18 +13,24 @@ from typing import ClassVar
 from vq.device import Device
 from vq.errors import UsageError, in_words
 from vq.serve.kind import Kind
+from vq.system_calls import THREAD_CALLS
 
 __all__ = ["CustomKind"]
 
 SYSTEM_CALLS = (
+    *THREAD_CALLS,
     *("eventfd2", "pipe2", "poll", "ppoll", "pselect6", "select"),
     *("fallocate", "fdatasync", "fsync", "ftruncate"),
     *("pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "readv", "writev"),
     *("accept4", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg"),
     *("sendmsg", "sendto", "setsockopt", "shutdown", "socketpair"),
 )
-"""What a model may do with descriptors that it has opened. A model whose module has a
-`SYSTEM_CALLS` of its own may make those calls, too."""
+"""What a model may do: start threads, and use descriptors that it has opened. A model whose module
+has a `SYSTEM_CALLS` of its own may make those calls, too."""
+
+_LATE_IMPORTS = ("concurrent.futures.thread", "vq.asyncio_thread")
+"""What a model's `run_async` and the coroutines in it import when they first run. There are no
+files left to import from by then, and nothing says beforehand whether a model has coroutines."""
 
 
 class CustomKind(Kind):
@@ -82,6 +88,8 @@ class CustomKind(Kind):
         if not isinstance(device, Device):
             raise UsageError(f"{self._word} does not make a vq device")
         stack.callback(device.close)
+        for name in _LATE_IMPORTS:
+            importlib.import_module(name)
         return [device]
 
 

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -82,8 +82,6 @@ class Guest(ContainedService, ABC):
 
     def __init__(self, kind: str, *, boot_timeout: float, lifetime: float) -> None:
         super().__init__(kind, prefix="vq-guest-", log="console.log")
-        self.more_of_errors: Callable[[], str] = lambda: ""
-        """What a command's failure says on top: whoever serves the guest's devices may know why."""
         self._shell: _Shell | None = None
         started = time.monotonic()
         try:
@@ -132,6 +130,10 @@ class Guest(ContainedService, ABC):
                 + self.more_of_errors()
             )
         return result.output
+
+    def more_of_errors(self) -> str:
+        """What a command's failure says on top: whoever serves the guest's devices may know why."""
+        return ""
 
     def kernel_log(self) -> str:
         """Everything that the guest's kernel has printed so far."""

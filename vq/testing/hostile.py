@@ -1,4 +1,4 @@
-"""Hostile drivers for anybody's device: over a hundred cases, each a rule that a driver breaks.
+"""Hostile drivers for anybody's device: hundreds of cases, each a rule that a driver breaks.
 
 One line in a test module runs them all against a device:
 

@@ -29,9 +29,8 @@ import pytest
 if TYPE_CHECKING:
     from vq.device import Device
     from vq.memory import GuestMemory
-    from vq.testing.guest import UmlGuest
     from vq.testing.namespaces import Namespace
-    from vq.testing.served import ServeProcess
+    from vq.testing.served import ServedGuest, ServeProcess
     from vq.testing.wiring import Wired
 
 __all__: list[str] = []
@@ -54,11 +53,13 @@ def vq_wire() -> Iterator[Callable[..., Wired]]:
     Called with a device and, if need be, one of `vq.testing.wiring.WIRES`. The device is closed
     after the test.
     """
+    from vq.device import check_made
     from vq.testing.wiring import wire
 
     with ExitStack() as stack:
 
         def make(device: Device, via: str = "direct", **options: Any) -> Wired:
+            check_made(device)
             stack.callback(device.close)
             return stack.enter_context(wire(device, via, **options))
 
@@ -73,20 +74,23 @@ def vq_via(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def vq_guest() -> Iterator[Callable[..., UmlGuest]]:
+def vq_guest() -> Iterator[Callable[..., ServedGuest]]:
     """Boots a User-Mode Linux guest with devices; see `vq.testing.served.guest_with`.
 
-    That takes about two seconds and no privileges. The devices are closed after the test, and what
-    the guest's kernel complained of fails it.
+    That takes about two seconds and no privileges. A thread serves the devices: what a test does
+    with them it does there, by `ServedGuest.call`. They are closed after the test, and what the
+    guest's kernel complained of fails it.
     """
+    from vq.device import check_made
     from vq.testing.requirements import or_skip
     from vq.testing.served import guest_with
 
-    guests: list[UmlGuest] = []
+    guests: list[ServedGuest] = []
     with ExitStack() as stack:
 
-        def boot(*devices: Device, **options: Any) -> UmlGuest:
+        def boot(*devices: Device, **options: Any) -> ServedGuest:
             for device in devices:
+                check_made(device)
                 stack.callback(device.close)
             with or_skip():
                 guest = stack.enter_context(guest_with(*devices, **options))

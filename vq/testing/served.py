@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
-from vq.device import Device
+from vq.device import Device, check_made
 from vq.errors import in_words
 from vq.loop import Loop
 from vq.testing.contained import ContainedProcess
@@ -30,7 +30,16 @@ from vq.testing.guest import Guest, UmlGuest, check_uml_drives
 from vq.testing.namespaces import Namespace, bad_checksums
 from vq.vhost_user import Server
 
-__all__ = ["ServeProcess", "ServedDevices", "assert_well", "guest_with", "wait_until"]
+__all__ = [
+    "ServeProcess",
+    "ServedDevices",
+    "ServedGuest",
+    "assert_well",
+    "guest_with",
+    "wait_until",
+]
+
+T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
@@ -67,8 +76,11 @@ class ServedDevices:
             raise
         self._thread.start()
 
-    def call(self, step: Callable[[], Any], *, timeout: float = 10) -> Any:
-        """Does something in the devices' thread; returns what it returns, raises what it raises."""
+    def call(self, step: Callable[[], T], *, timeout: float = 10) -> T:
+        """Does something in the devices' thread; returns what it returns, raises what it raises.
+
+        `TimeoutError` after `timeout` seconds.
+        """
         done = threading.Event()
         outcome: list[Any] = [None, None]
 
@@ -84,7 +96,7 @@ class ServedDevices:
             raise TimeoutError(f"the devices' thread does not answer within {timeout} s")
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        return cast(T, outcome[0])
 
     def close(self) -> None:
         """Ends the thread and its connections; raises what it died of, if it did."""
@@ -117,33 +129,52 @@ class ServedDevices:
         self.close()
 
 
+class ServedGuest(UmlGuest):
+    """A User-Mode Linux guest with the devices that a thread of this process serves."""
+
+    def __init__(self, served: ServedDevices, **options: Any) -> None:
+        """`options` are those of `UmlGuest`."""
+        self.devices = served.devices
+        self._served = served
+        sockets = [
+            (path, device.device_id)
+            for path, device in zip(served.sockets, served.devices, strict=True)
+        ]
+        super().__init__(sockets, **options)
+
+    def call(self, step: Callable[[], T], *, timeout: float = 10) -> T:
+        """Does something with the devices in the thread that serves them; returns what it returns.
+
+        ``guest.call(lambda: disk.update_config(capacity=8))``. To look at a number or a list needs
+        no call. Raises what `step` raises, and `TimeoutError`.
+        """
+        return self._served.call(step, timeout=timeout)
+
+    def more_of_errors(self) -> str:
+        """Which of the devices need a reset, and why."""
+        return "".join(
+            f"; {type(device).__name__} needs a reset: {in_words(device.fault)}"
+            for device in self.devices
+            if device.fault is not None
+        )
+
+
 @contextmanager
-def guest_with(*devices: Device, undriven: bool = False, **options: Any) -> Iterator[UmlGuest]:
+def guest_with(*devices: Device, undriven: bool = False, **options: Any) -> Iterator[ServedGuest]:
     """A User-Mode Linux guest that has `devices`, which a thread of this process serves.
 
     `options` are those of `UmlGuest`. Raises `MissingRequirement` where it is not installed, or has
     no driver for a device, unless `undriven` says that it may boot without. A `GuestError` names
     the fault of a device that needs a reset.
     """
+    for device in devices:
+        check_made(device)
     if not undriven:
         check_uml_drives(device.device_id for device in devices)
-
-    def faults() -> str:
-        return "".join(
-            f"; {type(device).__name__} needs a reset: {in_words(device.fault)}"
-            for device in devices
-            if device.fault is not None
-        )
-
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vq-served-")))
         served = stack.enter_context(ServedDevices(devices, directory))
-        sockets = [
-            (path, device.device_id) for path, device in zip(served.sockets, devices, strict=True)
-        ]
-        guest = stack.enter_context(UmlGuest(sockets, **options))
-        guest.more_of_errors = faults
-        yield guest
+        yield stack.enter_context(ServedGuest(served, **options))
 
 
 class ServeProcess:

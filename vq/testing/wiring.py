@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from vq.abi import Status
-from vq.device import Device
+from vq.device import Device, check_made
 from vq.driver import DeviceError, Driver, GuestBuffer, Transport
 from vq.errors import UsageError, in_words
 from vq.loop import Loop
@@ -84,6 +84,11 @@ class Wired:
 
         Raises `DeviceError` after `timeout` seconds, by default five.
         """
+        self._wait_until(condition, lambda time: f"{what} did not happen in {time}", timeout)
+
+    def _wait_until(
+        self, condition: Callable[[], object], failure: Callable[[str], str], timeout: float | None
+    ) -> None:
         patience = PATIENCE if timeout is None else timeout
         deadline = time.monotonic() + patience
         while True:
@@ -91,7 +96,7 @@ class Wired:
             if condition():
                 return
             if time.monotonic() > deadline:
-                raise DeviceError(f"{what} did not happen in {patience:g} seconds")
+                raise DeviceError(failure(f"{patience:g} seconds"))
             self.loop.run_once(0.001)
 
     def request(
@@ -145,10 +150,19 @@ class Wired:
             answer.extend(used.written for used in ring.collect() if used.token is token)
             return bool(answer)
 
-        self.wait_until(answered, f"an answer on queue {queue}", timeout=timeout)
+        self._wait_until(answered, lambda time: self._no_answer(queue, time), timeout)
         written = self.memory.read(start + len(data), answer[0])
         driver.allocator.free(start)
         return written
+
+    def _no_answer(self, queue: int, time: str) -> str:
+        """That none came in time, and where the request is."""
+        ring = self.device.queues[queue].ring
+        if held := ring.outstanding if ring is not None else 0:
+            where = f"has not completed {held} that it has taken"
+        else:
+            where = "has taken none"
+        return f"no answer on queue {queue} in {time}: of the requests there the device {where}"
 
     def _check_health(self) -> None:
         if self.transport.status & Status.NEEDS_RESET:
@@ -170,8 +184,9 @@ def wire(
     `memory` is the guest's, by default two small regions that are gone afterwards. `features` are
     those that the driver wants, a set of bits, by default all that there are; `queue_size` is the
     most that it makes its queues. The device is the caller's, and is reset in the end; it must not
-    be in use elsewhere. Raises `UsageError` for a wire that is not known.
+    be in use elsewhere. Raises `UsageError` for a wire that is not known and for what is no device.
     """
+    check_made(device)
     if via not in WIRES:
         raise UsageError(f"{via!r} is not a wire; the wires are {', '.join(WIRES)}")
     with ExitStack() as stack:
