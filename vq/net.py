@@ -347,7 +347,6 @@ class NetDevice(Device):
             return False
         ring.disable_kicks()
         for _ in range(ring.size // BURST + 1):  # all that waits: see `Backend` for why
-            waiting = ring.waiting()
             chains = ring.pop_burst(BURST)
             if chains:
                 ring.write_used_burst(chains)
@@ -355,8 +354,8 @@ class NetDevice(Device):
                 self.publish(queue)
                 if queue.ring is not ring:
                     return False
-                if len(chains) < waiting and len(chains) < BURST:
-                    return True  # so long that no driver means it: enough for a turn
+                if ring.burst_was_long:
+                    return True  # more than any driver means: enough for a turn
             elif not ring.enable_kicks():
                 return False
         return True
@@ -519,7 +518,7 @@ class NetDevice(Device):
         enough_bytes = self.stats["tx_bytes"] + BYTES_PER_TURN
         while frames < FRAMES_PER_TURN and self.stats["tx_bytes"] < enough_bytes:
             chains, sent = _NONE_TAKEN
-            cut_short = False  # a burst of chains so long that they are enough for a turn
+            was_long = False
             waiting = ring.waiting()
             if waiting >= _WORTH_PLACES:
                 chains, sent = self._send_at_once(queue, ring, waiting)
@@ -529,7 +528,7 @@ class NetDevice(Device):
                     return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
-                cut_short = len(chains) < waiting and len(chains) < BURST
+                was_long = ring.burst_was_long
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
                 if burst.left:
@@ -552,7 +551,7 @@ class NetDevice(Device):
                     raise burst.fault
                 if blocked:
                     return False
-                if burst.left or cut_short:
+                if burst.left or was_long:
                     return True  # that was more than a turn's work
             frames += sent + len(chains)
             if sent or len(chains) >= BURST:

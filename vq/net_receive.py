@@ -422,12 +422,9 @@ class ReceiveWindow:
         """Takes more buffers; False when there are none, or none for this turn."""
         if self._enough:
             return False
-        ring = self._ring
-        waiting = ring.waiting()
-        chains = ring.pop_burst(_REFILL)
+        chains = self._ring.pop_burst(_REFILL)
+        self._enough = self._ring.burst_was_long  # and these may have hardly a byte
         self._keep(chains)
-        # A burst ends early for chains of very many descriptors, and these may have hardly a byte.
-        self._enough = 0 < len(chains) < _REFILL and len(chains) < waiting
         return bool(chains)
 
     def _keep(self, chains: list[Chain]) -> None:
