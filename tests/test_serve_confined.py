@@ -232,6 +232,21 @@ def test_an_ordinary_user_is_served_by_two_processes_too(tmp_path: Path, plug: P
     assert not os.path.lexists(path)
 
 
+def test_who_cannot_become_the_user_is_told_of_it(tmp_path: Path) -> None:
+    """As root of a user namespace without nobody in it: "Operation not permitted" was all."""
+    need_linux()
+    words = ["serve", "rng", f"--socket={tmp_path / 's'}"]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", sys.executable, "-m", "vq", *words],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert re.fullmatch(r"vq serve: this process cannot become the user nobody: [\w ]+", last)
+
+
 def test_without_a_sandbox_there_is_one_process(serve: Serve, plug: Plug) -> None:
     served = serve("--sandbox=off")
     plug(served.paths[0]).echo()

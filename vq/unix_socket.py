@@ -77,9 +77,7 @@ class Listener:
         """
         self.socket.close()
         file, self._file = self._file, None
-        if os.getpid() != self._maker:
-            return
-        if file is None:
+        if file is None or os.getpid() != self._maker:
             return
         name = os.path.basename(self.path)
         with contextlib.suppress(OSError), directory_of(self.path) as directory:
@@ -193,7 +191,7 @@ def _remove_dead(path: str, directory: int, patience: float) -> None:
                 if error.errno != errno.EPROTOTYPE:
                     raise
         if time.monotonic() >= deadline:
-            raise UsageError(f"{path} is served already by another program")
+            raise UsageError(f"{path} is served already")
         time.sleep(0.02)
 
 

@@ -262,8 +262,8 @@ class PtyEnd(_StreamEnd):
     the peer. It is raw from the start: what is echoed or edited is the guest's to decide. The size
     is that which the peer set.
 
-    Raises `UsageError` when something other than a symbolic link is at `link`, `OSError` when the
-    system has no terminal to give.
+    Raises `UsageError` when something other than a link to a terminal is at `link`, `OSError` when
+    the system has no terminal to give.
     """
 
     sized = True
@@ -416,15 +416,20 @@ def host_end(text: str) -> HostEnd:
 
 
 def _make_link(target: str, link: str) -> None:
-    """A symbolic link, in place of one that was left there."""
+    """A symbolic link, in place of one to a terminal that was left there."""
     name = os.path.basename(link)
-    with files.directory_of(link) as directory:
-        with contextlib.suppress(FileNotFoundError):
-            there = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if not stat.S_ISLNK(there.st_mode):
-                raise UsageError(f"{link} is there already, and is not a symbolic link")
-            os.unlink(name, dir_fd=directory)
-        os.symlink(target, name, dir_fd=directory)
+    try:
+        with files.directory_of(link) as directory:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISLNK(there.st_mode):
+                    raise UsageError(f"{link} is there already, and is not a symbolic link")
+                if os.path.dirname(os.readlink(name, dir_fd=directory)) != os.path.dirname(target):
+                    raise UsageError(f"{link} is there already, and does not lead to a terminal")
+                os.unlink(name, dir_fd=directory)
+            os.symlink(target, name, dir_fd=directory)
+    except OSError as error:  # which names the target first, that has nothing to do with it
+        raise OSError(error.errno, error.strerror, link) from None
 
 
 def _remove_link(target: str, link: str) -> None:

@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words += "  MODULE:CLASS        a device model of your own"
     parser.epilog = f"devices:\n{words}\n\n`vq serve DEVICE --help` has the options of one."
     parser.add_argument("device", metavar="DEVICE", help="what to serve, one of those below")
-    parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="its options")
+    options = parser.add_argument(
+        "options", metavar="...", nargs=argparse.REMAINDER, help="its options"
+    )
+    options.required = False  # to be missed; Python 3.11 has it so
 
 
 def run(args: argparse.Namespace) -> int:
