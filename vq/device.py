@@ -650,6 +650,7 @@ class Device(ABC):
         was_enabled, queue.enabled = queue.enabled, False
         queue.unfinished = ()
         queue.lent = False
+        queue.call_waits = False  # whoever was to make that call may be gone, too
         if queue.ring is not None:
             queue.ring = None
             if was_enabled:

@@ -70,6 +70,12 @@ class Vring:
     held: Held = Held.NOTHING
     look: Timer | None = None
     """For a ring that was started, and may be enabled a moment later."""
+    kicks: int = 0
+    """How many came since it was looked whether they bring anything."""
+    kicked_at: int = -1
+    """Where the driver's index was when it was looked."""
+    rest: Timer | None = None
+    """While kicks are not heard."""
 
     @property
     def running(self) -> bool:

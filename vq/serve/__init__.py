@@ -89,6 +89,7 @@ class _Service:
         self._args = args
         self._words = words
         self._strays = confinement.open_descriptors() - {args.fd}
+        self._has_input = confinement.has_input() and args.fd != 0
         self._loop = Loop()
         stack.callback(self._loop.close)
         # Before there is anything to leave behind, and until nothing of it is left.
@@ -147,6 +148,8 @@ class _Service:
     def _work(self, worker: Worker) -> int:
         """What the worker does from its beginning to its end."""
         confinement.close_strays(self._strays)
+        if self._has_input:
+            confinement.read_nothing()
         with ExitStack() as stack:
             loop = Loop()
             stack.callback(loop.close)
