@@ -65,6 +65,15 @@ class SocketPort(Port):
     def was_used_elsewhere(self) -> None:
         self.used_elsewhere += 1
 
+    def fill(self) -> None:
+        """So that it takes no frame more."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
+        while True:
+            try:
+                self.socket.send(bytes(64))
+            except BlockingIOError:
+                return
+
     def write_burst(self, frames: Sequence[Frame]) -> int:
         for number, frame in enumerate(frames):
             try:
@@ -104,17 +113,21 @@ class SocketLink(Link):
         self.ports: Sequence[SocketPort] = [SocketPort() for _ in range(ports)]
         self.pid = os.getpid()
         self.active = ports
+        self.on_activate: Callable[[], None] = lambda: None
 
     def request_offloads(self, wanted: Offload) -> None:
         assert os.getpid() == self.pid
 
     def activate_ports(self, count: int) -> None:
         assert os.getpid() == self.pid
+        if count != self.active:
+            self.on_activate()
         self.active = count
 
     def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
-        for index in ports:
-            self.ports[index].truncated = on_truncated
+        for index, port in enumerate(self.ports):
+            if index in ports:
+                port.truncated = on_truncated
 
     def look_again(self) -> None:
         self.looks += 1  # type: ignore[misc]
