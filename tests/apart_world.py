@@ -236,6 +236,11 @@ class World:
         self.processes.recall_all()
         self.processes._timer.cancel()
 
+    def look_at(self, queue: int) -> None:
+        """The driver looks: its last call may have gone where nobody listens any more."""
+        assert self.frontend.on_queue_call is not None
+        self.frontend.on_queue_call(queue)
+
     # --- frames ---------------------------------------------------------------------------------
 
     def wait(self, condition: Callable[[], object], seconds: float = 10) -> None:

@@ -175,6 +175,7 @@ def another_call(world: World) -> None:
         os.close(call_end)
         os.close(vring.call)
         world.frontend._vrings[index] = vring._replace(call=call)
+        world.look_at(index)
 
 
 def another_kick(world: World) -> None:
@@ -218,6 +219,7 @@ def another_address(world: World) -> None:
     os.close(vring.kick)
     os.close(vring.call)
     world.frontend._vrings[3] = vring._replace(kick=kick, call=call)
+    world.look_at(3)
 
 
 def off_and_on(world: World) -> None:
