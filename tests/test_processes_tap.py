@@ -7,23 +7,21 @@ import os
 import random
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
-from apart_world import GUEST_MAC, World, frame_of, is_gone, number_of
+from apart_world import World, flow_frame, frame_of, is_gone, number_of, packet_socket
 
 from vq.net_driver import PLAIN_HEADER
-from vq.tap_linux import LinuxTap, _in_namespace
+from vq.tap_linux import LinuxTap
 from vq.testing.requirements import need_namespaces, need_root, need_tap
 
 pytestmark = pytest.mark.usefixtures("quick_collector")
 
 _numbers = itertools.count()
-ETHERTYPE = 0x88B5
 RING = "anon_inode:[io_uring]"
 
 
@@ -38,17 +36,8 @@ class TapWorld(World):
         stack.callback(self.host.close)
 
     def open_host(self, namespace: str) -> socket.socket:
-        def prepare() -> socket.socket:
-            with open(f"/proc/sys/net/ipv6/conf/{self.tap.name}/disable_ipv6", "w") as file:
-                file.write("1")
-            return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
-
-        host = _in_namespace(namespace, prepare)
-        host.setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
         self.tap.set_up(True)
-        host.bind((self.tap.name, 0))
-        host.setblocking(False)
-        return host
+        return packet_socket(namespace, self.tap.name)
 
     def sent(self, pair: int = 0) -> list[int]:
         """What has come out, of all pairs."""
@@ -63,13 +52,9 @@ class TapWorld(World):
     def feed_flows(self, count: int, *, longer: int = 0, lengthen: int = 0) -> list[bytes]:
         """Frames of flows that the kernel spreads over the queues, one each; so many bytes longer
         than need be, and each so many more than the one before it."""
-        frames = []
-        for number in range(count):
-            udp = struct.pack("!4H", 1000 + number, 9, 8 + 32, 0) + number.to_bytes(32)
-            ip = struct.pack("!BBHHHBBH8x", 69, 0, 20 + len(udp), 0, 0, 64, 17, 0)
-            frame = GUEST_MAC + b"\2\0\0\0\0\1\x08\0" + ip + udp
-            frames.append(frame + bytes(longer + number * lengthen))
-            self.host.sendto(frames[-1], (self.tap.name, 0x0800))
+        frames = [flow_frame(n, longer=longer + n * lengthen) for n in range(count)]
+        for frame in frames:
+            self.host.sendto(frame, (self.tap.name, 0x0800))
         return frames
 
     def received_flows(self) -> list[bytes]:
