@@ -37,7 +37,7 @@ SYSTEM_CALLS = (
     # what makes a process, ends it, and waits for its end
     *("fork", "getppid", "kill", "prctl", "set_robust_list", "wait4"),
     # its socket, and its loop
-    *("epoll_create1", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
+    *("epoll_create1", "getsockname", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
 )
 
 PATIENCE = 2.0
