@@ -182,6 +182,7 @@ NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
     "send another signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "make a namespace": lambda: clone(CLONE_NEWUSER | signal.SIGCHLD),
     "share memory with a process": lambda: clone(CLONE_VM | signal.SIGCHLD),
+    "limit another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
     "have another name": lambda: Libc().call("prctl", PR_SET_NAME, b"another", 0, 0, 0),
 }
 
@@ -204,14 +205,14 @@ def test_a_confined_worker_has_processes_for_its_queues() -> None:
 
     def work() -> str:
         here, said, counted = Loop(), list[object](), Counter[str]()
-        for start in (lambda *_: None, lambda *_: os.uname()):
+        for start in (lambda *_: None, lambda *_: os.uname(), lambda *_: os.fork()):
             serve = partial(Serving, start, lambda: Return({2: Position(5, 4)}), Counter(frames=1))
             process = QueueProcess((2,), here, serve, on_stats=counted.update, on_return=print)
             said.append(process.recall().positions)
         return f"{said} {dict(counted)}"
 
     positions = {2: Position(5, 4)}
-    assert confined(work) == (0, f"{[positions, {}]} {{'frames': 1}}")
+    assert confined(work) == (0, f"{[positions, {}, {}]} {{'frames': 1}}")
 
 
 @pytest.mark.usefixtures("with_queue_processes")

@@ -29,6 +29,7 @@ __all__ = [
     "facilities",
     "find_user",
     "keep_helper_privileges",
+    "make_no_process",
     "prepare",
 ]
 
@@ -91,6 +92,17 @@ def end_with_parent(parent: int) -> None:
         linux.end_with_parent()
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
+
+
+def make_no_process() -> None:
+    """Has this process fork no other from now on, where the system knows how.
+
+    Its child would not end with it.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import limits
+
+        limits.make_no_process()
 
 
 def facilities() -> dict[str, bool | int]:

@@ -94,6 +94,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     # What a process does that serves some queues of a device's, and who ends it.
     "kill": (Is(1, signal.SIGKILL),),
     "prctl": (Is(0, PR_SET_PDEATHSIG),),
+    "prlimit64": (Is(0, 0),),
 }
 """On which conditions a listed call is allowed."""
 
