@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
@@ -20,6 +22,7 @@ from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver
 from vq.offload import Offload
+from vq.tap_linux import _in_namespace
 from vq.testing.vhost_frontend import VhostFrontend
 from vq.vhost_processes import Apart
 from vq.vhost_user import Connection, unwatch_device, watch_device
@@ -27,6 +30,7 @@ from vq.vhost_user import Connection, unwatch_device, watch_device
 BROADCAST = b"\xff" * 6
 GUEST_MAC = bytes.fromhex("fee1bad1bad1")
 HEADER = bytes(NET_HDR_SIZE)
+ETHERTYPE = 0x88B5
 
 
 def frame_of(number: int, *, to: bytes = BROADCAST, source: bytes = GUEST_MAC) -> bytes:
@@ -35,6 +39,27 @@ def frame_of(number: int, *, to: bytes = BROADCAST, source: bytes = GUEST_MAC) -
 
 def number_of(data: bytes) -> int:
     return int.from_bytes(data[14:18])
+
+
+def flow_frame(number: int, *, longer: int = 0) -> bytes:
+    """A frame of a flow of its own, so that a kernel has a reason to give it to another queue."""
+    udp = struct.pack("!4H", 1000 + number, 9, 8 + 32, 0) + number.to_bytes(32)
+    ip = struct.pack("!BBHHHBBH8x", 69, 0, 20 + len(udp), 0, 0, 64, 17, 0)
+    return GUEST_MAC + b"\2\0\0\0\0\1\x08\0" + ip + udp + bytes(longer)
+
+
+def packet_socket(namespace: str, tap: str) -> socket.socket:
+    """The host's end of a tap, for frames of ours."""
+
+    def prepare() -> socket.socket:
+        Path(f"/proc/sys/net/ipv6/conf/{tap}/disable_ipv6").write_text("1")
+        return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
+
+    host = _in_namespace(namespace, prepare)
+    host.setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
+    host.bind((tap, 0))
+    host.setblocking(False)
+    return host
 
 
 def is_gone(pid: int) -> bool:
@@ -64,6 +89,15 @@ class SocketPort(Port):
 
     def was_used_elsewhere(self) -> None:
         self.used_elsewhere += 1
+
+    def fill(self) -> None:
+        """So that it takes no frame more."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
+        while True:
+            try:
+                self.socket.send(bytes(64))
+            except BlockingIOError:
+                return
 
     def write_burst(self, frames: Sequence[Frame]) -> int:
         for number, frame in enumerate(frames):
@@ -104,17 +138,21 @@ class SocketLink(Link):
         self.ports: Sequence[SocketPort] = [SocketPort() for _ in range(ports)]
         self.pid = os.getpid()
         self.active = ports
+        self.on_activate: Callable[[], None] = lambda: None
 
     def request_offloads(self, wanted: Offload) -> None:
         assert os.getpid() == self.pid
 
     def activate_ports(self, count: int) -> None:
         assert os.getpid() == self.pid
+        if count != self.active:
+            self.on_activate()
         self.active = count
 
     def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
-        for index in ports:
-            self.ports[index].truncated = on_truncated
+        for index, port in enumerate(self.ports):
+            if index in ports:
+                port.truncated = on_truncated
 
     def look_again(self) -> None:
         self.looks += 1  # type: ignore[misc]
@@ -222,6 +260,11 @@ class World:
         """Nobody is lent anything for now: changes are not followed by a fork."""
         self.processes.recall_all()
         self.processes._timer.cancel()
+
+    def look_at(self, queue: int) -> None:
+        """The driver looks: its last call may have gone where nobody listens any more."""
+        assert self.frontend.on_queue_call is not None
+        self.frontend.on_queue_call(queue)
 
     # --- frames ---------------------------------------------------------------------------------
 

@@ -149,6 +149,8 @@ def test_offloads_that_the_driver_gives_back_are_done_in_the_other_processes(
 
 def test_pairs_come_and_go(stack: ExitStack) -> None:
     world = World(stack, pairs=3)
+    lent: list[int] = []
+    world.link.on_activate = lambda: lent.extend(world.pids)
     for pairs in (1, 3, 2, 1, 2, 3):
         assert world.driver.set_queue_pairs(pairs)
         assert world.link.active == pairs
@@ -161,6 +163,7 @@ def test_pairs_come_and_go(stack: ExitStack) -> None:
             assert world.received() == []
             world.link.ports[pairs].socket.recv(1000)  # it waits in the link
     assert len(world.pids) == 2
+    assert not lent, "no port comes or goes under another process"
 
 
 def another_call(world: World) -> None:
@@ -172,6 +175,7 @@ def another_call(world: World) -> None:
         os.close(call_end)
         os.close(vring.call)
         world.frontend._vrings[index] = vring._replace(call=call)
+        world.look_at(index)
 
 
 def another_kick(world: World) -> None:
@@ -215,6 +219,7 @@ def another_address(world: World) -> None:
     os.close(vring.kick)
     os.close(vring.call)
     world.frontend._vrings[3] = vring._replace(kick=kick, call=call)
+    world.look_at(3)
 
 
 def off_and_on(world: World) -> None:
@@ -369,14 +374,42 @@ def test_a_ring_that_is_disabled_while_it_is_lent_is_emptied_before_the_frontend
     the request after this one is answered.
     """
     world = World(stack)
-    (pid,) = world.lend()
-    os.kill(pid, signal.SIGSTOP)
-    world.send(*range(100), pair=1)
-    os.kill(pid, signal.SIGCONT)
-    world.device.on_can_wait = lambda callback: callback()
+    world.lend()
+    world.link.ports[1].fill()
+    world.send(*range(200), pair=1)
+    world.quiet()
+    assert world.driver.unsent(1) == 200
+    backend = world.connections[-1].backend
+    given_back: list[int] = []
+    reply = backend._send
+
+    def look_and_reply(message: Message) -> None:
+        given_back.append(world.memory.load16(world.frontend._vrings[3].used + 2))
+        reply(message)
+
+    backend._send = look_and_reply
     world.frontend.enable(3, False)
-    assert world.driver.reap(1) >= 0 and world.driver.unsent(1) == 0
-    assert len(world.sent(1)) + world.device.stats["tx_dropped: disabled"] == 100
+    assert given_back == [200]
+    stats = world.device.stats
+    assert stats["tx_dropped: disabled"] + stats["tx_dropped: queue stopped"] == 200
+    assert stats["tx_dropped: disabled"] >= 100
+
+
+def test_the_driver_is_called_for_what_comes_back_when_a_queue_comes_home(stack: ExitStack) -> None:
+    """Defect: a driver that waited for room in its queue waited for ever: frames that a full link
+    had not taken were given back on the way, and no call was made.
+    """
+    world = World(stack)
+    world.lend()
+    world.link.ports[1].fill()
+    world.send(*range(20), pair=1)
+    world.quiet()
+    queue = world.driver._transmit[1]
+    assert not queue.ring.enable_calls()
+    world.driver._called.clear()
+    assert world.driver.set_mac(OTHER)
+    world.wait(lambda: queue.index in world.driver._called)
+    assert world.driver.reap(1) == 20
 
 
 # --- what comes home by itself -------------------------------------------------------------------
@@ -429,7 +462,7 @@ def test_faults_of_two_processes_that_come_home_at_once(stack: ExitStack) -> Non
         break_a_rule(world, queue)
     for pid in pids:
         wait_for_the_end_of(pid)
-    world.frontend.write_status(world.frontend._status)
+    world.processes.recall_all()  # as a message of the frontend's does
     assert all(map(is_gone, pids))
     world.wait(lambda: world.driver.needs_reset)
     world.driver.restart()

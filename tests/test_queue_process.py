@@ -172,10 +172,11 @@ def test_queues_that_come_by_themselves_while_they_are_asked_for_come_once() -> 
     fault = DriverError("a chain that loops", queue="rx1")
     stop = lambda: Return(POSITIONS, fault)  # noqa: E731
     with closing(World(start=start, stop=stop, counted={"rx_frames": 1})) as world:
-        returned = world.process.recall()
+        world.process._socket.send(b"give back")
+        os.waitid(os.P_PID, world.process.pid, os.WEXITED | os.WNOWAIT)
+        returned = world.wait()
         assert returned.positions == POSITIONS and isinstance(returned.fault, DriverError)
         assert world.stats == {"rx_frames": 1}
-        assert world.returned == []
 
 
 def test_the_process_has_nothing_of_the_other_one_but_what_is_its_own(tmp_path: Path) -> None:

@@ -510,7 +510,7 @@ class Device(ABC):
         self.stats.clear()
 
     def fail_for(self, error: Exception) -> None:
-        """The device needs a reset, for a reason that another process found and logged."""
+        """The device needs a reset, for a reason that was found, and logged, elsewhere."""
         self._fail(error)
 
     def look_again(self) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from vq.errors import DriverError, VqError, in_words
 from vq.exit_status import describe_end
 from vq.loop import Loop
-from vq.sandbox import KillSwitch, end_with_parent
+from vq.sandbox import KillSwitch, end_with_parent, make_no_process
 from vq.shared_fd import Watchdog
 from vq.vring import Position, Return
 
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 SYSTEM_CALLS = (
     # what makes a process, and waits for its end
-    *("fork", "getppid", "prctl", "set_robust_list", "wait4"),
+    *("fork", "getppid", "prctl", "prlimit64", "set_robust_list", "wait4"),
     # its socket, and its loop
-    *("epoll_create1", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
+    *("epoll_create1", "getsockname", "pipe2", "poll", "ppoll", "recvfrom", "sendto", "socketpair"),
 )
 
 PATIENCE = 2.0
@@ -207,6 +207,7 @@ def _live(
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         end_with_parent(parent)
+        make_no_process()
         _serve(sock, serve())
         status = 0
     except (VqError, OSError) as error:

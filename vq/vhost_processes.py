@@ -15,6 +15,7 @@ the used rings stand.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -36,7 +37,7 @@ CALM_SECONDS = 0.05
 """How long nothing must have changed before queues are lent: a driver that starts up changes much,
 one thing after another."""
 RETRY_SECONDS = 1.0
-"""Likewise after a process died or gave its queues back by itself."""
+"""How long they are not lent after a process died or gave its queues back by itself."""
 
 
 class Rings(Protocol):
@@ -92,6 +93,7 @@ class Processes:
         self._on_fork = on_fork
         self._processes: list[QueueProcess] = []
         self._timer: Timer | None = None
+        self._not_before = 0.0
 
     @property
     def pids(self) -> list[int]:
@@ -102,7 +104,13 @@ class Processes:
         """Something has changed: lends what can be lent when it was the last thing for a while."""
         if self._timer is not None:
             self._timer.cancel()
+        seconds = max(seconds, self._not_before - time.monotonic())
         self._timer = self._loop.call_later(seconds, self._lend)
+
+    def _take_time(self) -> None:
+        """It did not go well: not again so soon, whatever happens. A guest could have processes
+        made, and lines logged, as fast as it resets its device."""
+        self._not_before = time.monotonic() + RETRY_SECONDS
 
     def recall(self, vring: Vring) -> None:
         """Brings a ring home that was lent, and with it all that the same process has."""
@@ -130,7 +138,9 @@ class Processes:
     def _lend(self) -> None:
         self._timer = None
         if threading.active_count() > 1:
-            return  # a fork has one thread; what the others hold would stay held
+            # A fork has one thread; what the others hold would stay held.
+            self.lend_when_calm(RETRY_SECONDS)
+            return
         rings = self._rings
         for units in rings.device.queues_apart(self._apart.processes):
             group = {index for unit in units for index in unit}
@@ -163,8 +173,8 @@ class Processes:
 
         def returned(result: Return) -> None:
             assert process is not None
+            self._take_time()
             self._come_home(process, result)
-            self.lend_when_calm(RETRY_SECONDS)
             if result.positions and result.fault is None:
                 rings.device.look_again()
 
@@ -178,9 +188,9 @@ class Processes:
             )
         except OSError as error:
             log.warning("no process for %d queues: %s", len(vrings), error)
+            self._take_time()
             for vring in vrings:
                 self._take_back(vring, positions[vring.index])
-            self.lend_when_calm(RETRY_SECONDS)
             return
         self._processes.append(process)
         names = ", ".join(rings.device.queues[vring.index].name for vring in vrings)
@@ -188,6 +198,8 @@ class Processes:
 
     def _come_home(self, process: QueueProcess, result: Return) -> None:
         self._processes.remove(process)
+        if result.fault is not None or not result.positions:
+            self._take_time()
         for index in sorted(process.queues):
             self._take_back(self._rings.vrings[index], result.positions.get(index))
         if result.fault is not None:

@@ -32,6 +32,7 @@ __all__ = [
     "facilities",
     "find_user",
     "keep_helper_privileges",
+    "make_no_process",
     "prepare",
 ]
 
@@ -128,6 +129,17 @@ class KillSwitch:
         os.close(self._ours)
         if sys.platform != "linux":
             os.kill(self._pid, signal.SIGKILL)
+
+
+def make_no_process() -> None:
+    """Has this process fork no other from now on, where the system knows how.
+
+    Its child would not end with it.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import limits
+
+        limits.make_no_process()
 
 
 def facilities() -> dict[str, bool | int]:

@@ -97,6 +97,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "clone": (HasBits(0, CLONE_THREAD),),
     # A process that serves some of a device's queues ends with the one that serves the device.
     "prctl": (Is(0, PR_SET_PDEATHSIG),),
+    "prlimit64": (Is(0, 0),),
 }
 """On which conditions a listed call is allowed."""
 
