@@ -232,18 +232,17 @@ def test_frames_longer_than_the_mtu_was_come_through_another_process(
         check=True,
         timeout=20,
     )
-    frames: list[bytes] = []
-    got: list[bytes] = []
 
-    def come() -> bool:
-        world.turn()
-        got.extend(world.received_flows())
-        if frames and set(frames) == set(got[-64:]):
-            return len(world.pids) == 1
-        frames[:] = world.feed_flows(64, longer=8000)
-        return False
+    def all_come() -> bool:
+        frames = world.feed_flows(64, longer=8000)
+        got: list[bytes] = []
+        until = time.monotonic() + 0.3
+        while set(got) != set(frames) and time.monotonic() < until:
+            world.turn()
+            got += world.received_flows()
+        return set(got) == set(frames) and len(world.pids) == 1
 
-    world.wait(come)
+    world.wait(all_come)
     before = world.used(2)
     world.feed_flows(64, longer=8000)
     world.wait(lambda: world.used(2) > before)
