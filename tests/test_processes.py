@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
+from itertools import pairwise
 
 import pytest
 from apart_world import GUEST_MAC, SocketLink, SocketPort, World, frame_of, is_gone
@@ -448,6 +449,28 @@ def test_a_drivers_fault_in_another_process_is_the_devices(stack: ExitStack, ask
     assert world.device.stats["driver_errors"] == 1
 
 
+def test_a_guest_that_breaks_rules_has_no_processes_made_in_a_row(stack: ExitStack) -> None:
+    """Defect: with each reset of its device another, which logged the guest's fault once more."""
+    world = World(stack)
+    forks: list[float] = []
+    fork = world.processes._fork
+
+    def note(queues: Collection[int]) -> None:
+        forks.append(time.monotonic())
+        fork(queues)
+
+    world.processes._fork = note
+    world.lend()
+    for _ in range(2):
+        break_a_rule(world, 3)
+        world.wait(lambda: world.driver.needs_reset)
+        world.driver.restart()
+        world.works()
+        world.lend()
+    assert len(forks) >= 2
+    assert all(later - earlier >= RETRY_SECONDS for earlier, later in pairwise(forks[-2:]))
+
+
 def wait_for_the_end_of(pid: int) -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -739,6 +762,7 @@ def test_while_there_are_threads_there_is_no_fork(stack: ExitStack) -> None:
     finally:
         end.set()
         thread.join()
+    world.lend()
 
 
 POLLER = "anon_inode:[eventpoll]"
@@ -798,6 +822,23 @@ def test_pairs_of_a_frontend_that_keeps_the_control_queue_to_itself(
         assert world.link.active == pairs, "what is lent is in use"
         world.works()
     assert len(world.pids) == 2
+
+
+def test_a_pair_that_is_not_in_use_any_more_comes_home(stack: ExitStack) -> None:
+    """Defect: a control queue that was enabled late says which pairs are in use, and the processes
+    of others were forgotten.
+    """
+    world = World(stack)
+    control = 4
+    assert world.driver.set_queue_pairs(1)
+    world.frontend.enable(control, False)  # as if there were none: what is set up is in use
+    world.lend_now()
+    assert len(world.pids) == 1
+    world.frontend.enable(control, True)
+    world.wait(lambda: not world.pids)
+    assert world.driver.set_queue_pairs(2)
+    world.lend()
+    world.works()
 
 
 # --- options of the device -----------------------------------------------------------------------

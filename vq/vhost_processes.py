@@ -141,27 +141,27 @@ class Processes:
             # A fork has one thread; what the others hold would stay held.
             self.lend_when_calm(RETRY_SECONDS)
             return
-        rings = self._rings
-        for units in rings.device.queues_apart(self._apart.processes):
-            group = {index for unit in units for index in unit}
-            present = next((p for p in self._processes if p.queues & group), None)
-            if present is not None:
-                if self._lendable(units) == present.queues:
-                    continue
-                self._come_home(present, present.recall())
-            wanted = self._lendable(units)
-            if wanted:
-                self._fork(wanted)
+        wanted = self._lendable()
+        for process in list(self._processes):
+            if process.queues not in wanted and process in self._processes:
+                self._come_home(process, process.recall())
+        served = {index for process in self._processes for index in process.queues}
+        for queues in self._lendable():  # what came home may not be to be lent any more
+            if queues and not queues & served:
+                self._fork(queues)
 
-    def _lendable(self, units: Collection[Collection[int]]) -> set[int]:
-        """The queues of those units of which each queue may be lent."""
+    def _lendable(self) -> list[set[int]]:
+        """The queues that are for each other process: units of which each queue may be lent."""
         rings = self._rings
-        return {
-            index
-            for unit in units
-            if all(rings.may_be_lent(rings.vrings[one]) for one in unit)
-            for index in unit
-        }
+        return [
+            {
+                index
+                for unit in units
+                if all(rings.may_be_lent(rings.vrings[one]) for one in unit)
+                for index in unit
+            }
+            for units in rings.device.queues_apart(self._apart.processes)
+        ]
 
     def _fork(self, queues: Collection[int]) -> None:
         from vq.queue_process import QueueProcess
