@@ -789,6 +789,23 @@ def test_another_process_has_none_of_the_services_sockets(stack: ExitStack) -> N
     assert open_files(pid).count(POLLER) == open_files(os.getpid()).count(POLLER), "its own alone"
 
 
+def test_processes_have_nothing_of_each_other(stack: ExitStack) -> None:
+    """Defect: a later one had the ends of sockets and pipes by which this one asks and ends an
+    earlier one.
+    """
+    world = World(stack, pairs=3)
+    pids = world.lend()
+    world.works()
+    ours = {
+        os.readlink(f"/proc/self/fd/{fd}")
+        for process in world.processes._processes
+        for fd in (process._socket.fileno(), *process._switch._pipe)
+    }
+    assert len(ours) == 4
+    for pid in pids:
+        assert not ours & set(open_files(pid))
+
+
 class HiddenControl(VhostFrontend):
     """A frontend that serves the control queue itself, as QEMU does."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import itertools
 import json
 import logging
@@ -193,7 +194,7 @@ def test_the_process_has_nothing_of_the_other_one_but_what_is_its_own(tmp_path: 
     with closing(World(start=start)) as world:
         world.wait()
     # The first loop's are still there: whoever calls closes that.
-    assert report.read_text().split() == ["anon_inode", "anon_inode", *["pipe"] * 5, "socket"]
+    assert report.read_text().split() == ["anon_inode", "anon_inode", *["pipe"] * 4, "socket"]
 
 
 def _link(fd: int) -> str:
@@ -264,6 +265,29 @@ def test_one_that_does_not_answer_is_killed(
         os.kill(world.process.pid, signal.SIGSTOP)
         assert world.process.recall() == Return({})
         assert f"process {world.process.pid} does not give its queues back" in caplog.text
+        assert not psutil.pid_exists(world.process.pid)
+
+
+def test_one_that_will_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: the end of a pipe that ends it was its own to close, or to set otherwise; and who
+    waited for its end waited for ever.
+    """
+    monkeypatch.setattr(queue_process, "PATIENCE", 0.3)
+
+    def serve() -> Serving:
+        for fd in range(3, 64):
+            with suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+                if _link(fd).startswith("pipe"):
+                    os.close(fd)
+        for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            signal.pause()
+
+    with closing(World(serve=serve)) as world:
+        time.sleep(0.1)
+        assert world.process.recall() == Return({})
         assert not psutil.pid_exists(world.process.pid)
 
 

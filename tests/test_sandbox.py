@@ -182,6 +182,7 @@ NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
     "send another signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "make a namespace": lambda: clone(CLONE_NEWUSER | signal.SIGCHLD),
     "share memory with a process": lambda: clone(CLONE_VM | signal.SIGCHLD),
+    "outlive its parent": lambda: Libc().call("prctl", linux.PR_SET_PDEATHSIG, 0, 0, 0, 0),
     "limit another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
     "have another name": lambda: Libc().call("prctl", PR_SET_NAME, b"another", 0, 0, 0),
 }

@@ -100,21 +100,25 @@ class QueueProcess:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                self._socket.close()
-                self._switch.let_go()
+                self.let_go()
                 _live(theirs, parent, blocked, serve)
+            self._switch.arm(self.pid)
         except BaseException:
-            self._socket.close()
+            self.let_go()
             raise
         finally:
             theirs.close()
-            self._switch.arm(self.pid)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         try:
             loop.watch(self._socket.fileno(), readable=self._readable)
         except BaseException:
             self._end()
             raise
+
+    def let_go(self) -> None:
+        """In another process that was forked: this one is none of its business."""
+        self._socket.close()
+        self._switch.let_go()
 
     def recall(self) -> Return:
         """Has the queues given back, and the process ended; waits for that."""

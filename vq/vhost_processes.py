@@ -224,6 +224,8 @@ class Processes:
         self._loop.close()  # first: it watches nothing any more, and is not asked to
         if self._apart.on_fork is not None:
             self._apart.on_fork()
+        for process in self._processes:
+            process.let_go()
         self._processes.clear()
         rings = self._rings
 

@@ -11,7 +11,6 @@ one of them is chosen. Linux' parts are apart: `seccomp` and `system_calls`, `la
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import signal
@@ -100,35 +99,34 @@ def end_with_parent(parent: int) -> None:
 class KillSwitch:
     """Ends a process that was forked: on Linux without kill(2), which could end others, too.
 
-    To be made before the fork; then `arm` here and `let_go` in the forked process.
+    To be made before the fork; then `arm` here and `let_go` in the forked process, which could
+    otherwise see to it that nothing comes of it.
     """
 
     def __init__(self) -> None:
-        self._theirs, self._ours = os.pipe()
+        self._pipe = os.pipe()
         self._pid = 0
 
     def let_go(self) -> None:
-        """In the process that it is for: that one keeps its end of the pipe, and no more."""
-        os.close(self._ours)
+        """Closes it, in a process that is not to have it and in the one that does not need it."""
+        for fd in self._pipe:
+            os.close(fd)
 
     def arm(self, pid: int) -> None:
-        """From now on it is for the process `pid`; -1 for none, then it is of no more use."""
+        """From now on it is for the process `pid`."""
         self._pid = pid
-        if pid > 0 and sys.platform == "linux":
+        if sys.platform == "linux":
             from vq.sandbox import linux
 
-            linux.signal_by(self._theirs, pid)
-        os.close(self._theirs)
-        if pid < 0:
-            os.close(self._ours)
+            linux.signal_by(self._pipe[0], pid)
 
     def end(self) -> None:
         """Ends the process, whatever it is doing."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
-            os.write(self._ours, b"\0")
-        os.close(self._ours)
-        if sys.platform != "linux":
+        if sys.platform == "linux":
+            os.write(self._pipe[1], b"\0")
+        else:
             os.kill(self._pid, signal.SIGKILL)
+        self.let_go()
 
 
 def make_no_process() -> None:

@@ -96,7 +96,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "socket": (Is(0, AF_UNIX),),
     "clone": (HasBits(0, CLONE_THREAD),),
     # A process that serves some of a device's queues ends with the one that serves the device.
-    "prctl": (Is(0, PR_SET_PDEATHSIG),),
+    "prctl": (Is(0, PR_SET_PDEATHSIG), Is(1, signal.SIGKILL)),
     "prlimit64": (Is(0, 0),),
 }
 """On which conditions a listed call is allowed."""
@@ -158,7 +158,7 @@ def signal_by(fd: int, pid: int) -> None:
     """Has a process killed when something comes from the other end of the pipe `fd`.
 
     The kernel sends a signal then, and may be told which and to whom (fcntl(2), F_SETSIG). It goes
-    by the open file: somebody has to keep it, but not this process.
+    by the open file: who else has that can take it back, who closes its own descriptor cannot.
     """
     fcntl.fcntl(fd, fcntl.F_SETOWN, pid)
     fcntl.fcntl(fd, F_SETSIG, signal.SIGKILL)
