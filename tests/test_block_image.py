@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,32 @@ def test_one_process_writes_or_many_read(path: Path) -> None:
         Image(path)
     for reader in readers:
         reader.close()
+    Image(path).close()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="Linux has these locks")
+@pytest.mark.parametrize(
+    ("place", "writer", "reader"),
+    [
+        (100, True, False),
+        (101, True, True),
+        (103, True, True),
+        (200, True, True),
+        (201, True, False),
+        (0, False, False),
+        (99, False, False),
+        (110, False, False),
+    ],
+)
+def test_bytes_that_others_lock_as_qemu_does_say_what_may_be_done(
+    path: Path, place: int, writer: bool, reader: bool
+) -> None:
+    lock = struct.pack("@hhqqi0q", fcntl.F_RDLCK, os.SEEK_SET, place, 1, 0)
+    with path.open("rb") as other:
+        fcntl.fcntl(other.fileno(), fcntl.F_OFD_SETLK, lock)
+        for read_only, refused in ((False, writer), (True, reader)):
+            with pytest.raises(UsageError) if refused else nullcontext():
+                Image(path, read_only=read_only).close()
     Image(path).close()
 
 

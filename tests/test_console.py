@@ -279,7 +279,7 @@ def test_a_client_that_goes_in_the_middle_of_output_leaves_a_working_device(path
 
 
 def test_a_socket_that_somebody_serves_cannot_be_taken(path: str) -> None:
-    with unix_world(path), pytest.raises(UsageError, match="served already"):
+    with unix_world(path), pytest.raises(UsageError, match="is served already"):
         UnixEnd(path)
 
 
@@ -379,6 +379,30 @@ def test_a_link_takes_no_other_files_place(tmp_path: Path) -> None:
         PtyEnd(str(file))
     assert file.read_text() == "data"
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_link_takes_no_links_place_that_leads_elsewhere(tmp_path: Path) -> None:
+    """Any symbolic link was replaced, with whatever it had been for."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="link is there already, and does not lead to a terminal"):
+        PtyEnd(str(link))
+    assert link.readlink() == tmp_path
+    link.unlink()
+    other = PtyEnd(str(link))
+    end = PtyEnd(str(link))  # as if the other one had been killed
+    assert str(link.readlink()) == end.path
+    other.close()
+    assert str(link.readlink()) == end.path
+    end.close()
+    assert not link.is_symlink()
+
+
+def test_a_link_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """The terminal was named, which has nothing to do with it."""
+    with pytest.raises(FileNotFoundError) as raised:
+        PtyEnd(f"{tmp_path}/nowhere/link")
+    assert raised.value.filename == f"{tmp_path}/nowhere/link"
 
 
 def test_the_windows_size_follows_in_the_configuration_space() -> None:

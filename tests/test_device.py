@@ -834,6 +834,19 @@ def test_a_call_that_waits_is_forgotten_with_its_ring(bench: Bench) -> None:
     assert bench.calls == [0]
 
 
+def test_after_a_reset_no_call_relies_on_a_lull_that_may_never_come(bench: Bench) -> None:
+    """The event loop that was asked for one may not run any more: another one drives the device."""
+    unhurried = Unhurried(bench)
+    unhurried.use(1)
+    unhurried.device.write_status(0)
+    unhurried.waiting.clear()  # with the loop that they were of
+    bench.bring_up()
+    unhurried.use(0)
+    assert len(unhurried.waiting) == 1
+    unhurried.lull()
+    assert bench.calls == [0]
+
+
 def test_a_bad_chain_makes_the_device_need_a_reset_after_the_good_ones(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,8 +3,8 @@
 The blocks of a page are run one after the other in a directory of the page's own. A Python block
 whose first line is a comment with the name of a file is saved there first, as the reader is told
 to do; one that is named like a test is run by pytest. In a console block the lines with a ``$`` are
-commands. Commands in indented text need a guest or a tap: their options are checked here, and what
-they do is tested in tests/guests.
+commands. Commands in indented text need a guest or a tap: their options are checked here, and
+tests/guests/test_doc_commands.py types them.
 """
 
 from __future__ import annotations

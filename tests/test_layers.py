@@ -14,7 +14,17 @@ ROOT = Path(vq.__file__).parent
 
 LAYERS = (
     ("errors", "abi", "abi_block", "abi_console", "abi_vsock", "files", "log_limit", "pace"),
-    ("memory", "packet", "pcap", "ioctl", "system_calls", "unix_socket", "declarations", "lanes"),
+    (
+        "memory",
+        "packet",
+        "pcap",
+        "ioctl",
+        "netlink",
+        "system_calls",
+        "unix_socket",
+        "declarations",
+        "lanes",
+    ),
     ("split_ring", "driver", "offload", "platforms", "gather", "io_uring", "shared_fd"),
     ("software", "ring_run", "inflight", "abi_probe", "request", "asyncio_thread"),
     ("device", "link", "tun_hdr", "net_driver", "net_filter", "dhcp", "driver_registers"),

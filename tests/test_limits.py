@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
 import socket
 import struct
 import tracemalloc
@@ -15,9 +17,26 @@ from pathlib import Path
 import pytest
 from net_frames import make_frame, make_payload
 from net_world import OUR_MAC, PLAIN, ScriptedLink, World, features, tcp_header
-from vhost_frontend import REPLY_ACK, Frontend, Ram, Shouter, open_things, wait_until
+from vhost_frontend import (
+    REPLY_ACK,
+    Frontend,
+    GuestRing,
+    Ram,
+    Shouter,
+    open_things,
+    wait_until,
+)
 
-from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, CtrlClass, CtrlMac, Feature, Status
+from vq import vhost_backend
+from vq.abi import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    CtrlClass,
+    CtrlMac,
+    Feature,
+    Status,
+)
 from vq.driver import DriverRing, GuestAllocator
 from vq.errors import DriverError
 from vq.link import link_pair
@@ -27,8 +46,10 @@ from vq.memory import GuestMemory
 from vq.net import COMMANDS_PER_TURN, DEFAULT_MAC, FRAMES_PER_TURN, NetDevice
 from vq.net_filter import MAX_TABLE
 from vq.offload import Offload
+from vq.shared_fd import drain
 from vq.split_ring import SplitRing
-from vq.vhost_channel import MAX_CHANNEL_BACKLOG, Channel
+from vq.vhost_backend import MANY_KICKS
+from vq.vhost_channel import MAX_CHANNEL_BACKLOG, MOST_IN_VAIN, Channel, Transfer
 from vq.vhost_message import BackendRequest, Message
 from vq.vhost_user import MESSAGES_PER_TURN, Connection, Server
 
@@ -445,6 +466,166 @@ def test_two_guests_on_one_cable_do_not_keep_each_other_busy_without_end() -> No
             loop.run_once(0)
             assert taker.device.stats["rx_frames"] - before <= 4 * FRAMES_PER_TURN
         assert taker.device.stats["rx_frames"] >= 30 * 16 and budget
+    loop.close()
+
+
+class Longwinded:
+    """A guest with a ring of the largest kind, all of whose chains are of as many descriptors."""
+
+    SIZE = 32768
+
+    def __init__(
+        self, memory: GuestMemory, queue: int, flags: int, first: int, length: int
+    ) -> None:
+        self.world = World(memory)
+        self.world.device.queues[queue].max_size = self.SIZE
+        self.world.device.accept_features(features("VERSION_1", "INDIRECT_DESC", "MRG_RXBUF"))
+        self.world.device.write_status(Status.FEATURES_OK)
+        allocator = GuestAllocator(memory)
+        ring = DriverRing.allocate(memory, allocator, self.SIZE, features=features("INDIRECT_DESC"))
+        buffer, table = allocator.allocate(64), allocator.allocate(16 * self.SIZE)
+        memory.write(buffer, b"\1" * 64)  # as a net header: nothing that was negotiated
+        descriptors = [
+            struct.pack("<QIHH", buffer, length, flags | DESC_F_NEXT, number + 1)
+            for number in range(self.SIZE - 1)
+        ]
+        descriptors[0] = struct.pack("<QIHH", buffer, first, flags | DESC_F_NEXT, 1)
+        descriptors.append(struct.pack("<QIHH", buffer, length, flags, 0))
+        memory.write(table, b"".join(descriptors))
+        for head in range(self.SIZE):
+            ring.poke_descriptor(head, table, 16 * self.SIZE, DESC_F_INDIRECT, 0)
+            ring.poke_avail(head, head)
+        ring.poke_avail_index(self.SIZE)
+        self.turns: list[int] = []
+        self.world.device.on_work_left = self.turns.append
+        self.queue = queue
+        self.place = {"desc": ring.desc, "avail": ring.avail, "used": ring.used}
+
+    def taken_in_a_turn(self) -> int:
+        """How many chains one turn takes; each costs a tenth of what a turn may."""
+        ring = self.world.device.queues[self.queue].ring
+        assert ring is not None
+        before = ring._next_avail
+        self.world.device.notify(self.queue)
+        return ring._next_avail - before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_turn_on_a_queue_of_the_longest_chains_ends_with_the_first(enabled: bool) -> None:
+    """256 of them were a turn: 6 seconds in which nobody else was served, and a disabled ring's
+    513 more than 100."""
+    with GuestMemory.allocate(16 * MIB) as memory:
+        guest = Longwinded(memory, 1, 0, 1, 1)
+        device = guest.world.device
+        device.setup_queue(1, size=guest.SIZE, **guest.place, enabled=enabled)
+        device.write_status(device.status | Status.DRIVER_OK)
+        guest.turns.clear()
+        assert [guest.taken_in_a_turn() for _ in range(3)] == [1, 1, 1]
+        assert guest.turns == [1, 1, 1], "the rest is left for a later turn"
+        reason = "csum not negotiated" if enabled else "disabled"
+        assert sum(guest.world.dropped("tx").values()) == guest.world.dropped("tx")[reason] >= 3
+
+
+def test_a_frame_is_not_spread_over_buffers_of_hardly_a_byte_in_one_turn() -> None:
+    """Each of them took a chain of 32,768 descriptors to name: 5,000 for a long frame, half a
+    minute in which nobody else was served."""
+    with GuestMemory.allocate(16 * MIB) as memory:
+        guest = Longwinded(memory, 0, DESC_F_WRITE, 12, 0)
+        device = guest.world.device
+        device.setup_queue(0, size=guest.SIZE, **guest.place)
+        guest.world.link.deliver(OUR_MAC + bytes(200))
+        device.write_status(device.status | Status.DRIVER_OK)
+        for _ in range(4):
+            guest.turns.clear()
+            assert guest.taken_in_a_turn() <= 1
+            assert guest.turns == [0], "the rest is left for a later turn"
+        while guest.turns:
+            device.notify(guest.turns.pop())
+        assert device.stats["rx_frames"] == 1 and device.fault is None
+
+
+@pytest.fixture
+def kicked(tmp_path: Path) -> Iterator[tuple[Loop, Frontend, GuestRing]]:
+    """A device that is served to a frontend, and its ring, which runs."""
+    loop, ram = Loop(), Ram()
+    server = Server(Shouter(), loop, tmp_path / "s")
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(tmp_path / "s"))
+    frontend, ring = Frontend(loop, sock), GuestRing(ram)
+    frontend.negotiate()
+    frontend.set_memory(ram)
+    frontend.start_ring(0, ring)
+    yield loop, frontend, ring
+    frontend.close()
+    server.close()
+    ram.close()
+    loop.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd here")
+def test_a_descriptor_that_kicks_for_ever_by_itself_is_heard_now_and_then(
+    kicked: tuple[Loop, Frontend, GuestRing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eventfd that is a semaphore and filled once can be read 2**64 times, a timer's whenever
+    one looks: a worker kept a whole processor busy for a frontend that slept."""
+    loop, frontend, ring = kicked
+    heard: list[int] = []
+    monkeypatch.setattr(vhost_backend, "drain", lambda fd: (heard.append(fd), drain(fd))[1])
+    event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+    os.eventfd_write(event, (1 << 64) - 2)
+    frontend.send(12, struct.pack("=Q", 0), [event])
+    monkeypatch.setattr(vhost_backend, "REST_SECONDS", 0.2)
+    frontend.turn(5 * MANY_KICKS)
+    assert MANY_KICKS - 1 <= len(heard) <= 2 * MANY_KICKS
+    ring.offer(b"not lost")  # its kick is one of those that are not heard
+    wait_until(loop, lambda: ring.take() == [b"NOT LOST"])
+    heard.clear()
+    for number in range(3 * MANY_KICKS):
+        ring.offer(bytes([65 + number % 26]))
+        frontend.turn(1)
+    assert len(heard) >= 2 * MANY_KICKS, "kicks that bring something are heard"
+    os.close(event)
+
+
+@pytest.fixture
+def stamped() -> Iterator[socket.socket]:
+    """A TCP socket that the kernel keeps a timestamp for, which nobody takes: it has an error."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        theirs = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
+    software_and_sending = 1 << 4 | 1 << 1  # linux/net_tstamp.h
+    with theirs, ours:
+        try:
+            theirs.setsockopt(socket.SOL_SOCKET, 37, software_and_sending)  # SO_TIMESTAMPING
+        except OSError:
+            pytest.skip("sockets have no timestamps here")
+        theirs.send(b"x")
+        poller = select.poll()
+        poller.register(theirs, 0)
+        if not poller.poll(1000):  # an error, whatever was asked for
+            pytest.skip("the loopback interface takes no timestamps here")
+        yield theirs
+
+
+def test_a_channel_with_an_error_that_stays_is_given_up(stamped: socket.socket) -> None:
+    """A frontend that has its TCP socket keep timestamps made the loop look for them for ever."""
+    loop = Loop()
+    channel = Channel(os.dup(stamped.fileno()), loop)
+    for _ in range(2 * MOST_IN_VAIN):
+        loop.run_once(0)
+    assert channel._closed
+    loop.close()
+
+
+def test_a_states_descriptor_with_an_error_that_stays_is_given_up(stamped: socket.socket) -> None:
+    loop, failed = Loop(), list[bool]()
+    transfer = Transfer(os.dup(stamped.fileno()), loop, b"", lambda _: None)
+    transfer.when_done(failed.append)
+    for _ in range(2 * MOST_IN_VAIN):
+        loop.run_once(0)
+    assert failed == [True]
     loop.close()
 
 

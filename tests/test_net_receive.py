@@ -1085,3 +1085,24 @@ def test_calls_for_little_wait_for_a_lull_and_much_is_told(
     guest.driver.kick(0)
     device.notify(0)
     assert moved == [1, 1] and calls == [1, 1, 1, 0]
+
+
+def test_thousands_of_small_buffers_are_not_more_than_are_shown_to_the_kernel(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """A guest whose whole queue a frame did not fit into left all of its buffers held, more than
+    there are vectors for: the next short frame was a fault of ours, with a traceback."""
+    world = World(memory, link, queue_size=4096)
+    guest = world.raw(VERSION_1 | MRG, queue_size=4096)
+    buffer = guest.room(28)
+    for _ in range(4096):
+        guest.offer(0, (), [buffer], kick=False)
+    guest.driver.kick(0)
+    world.device.inject(bytes(150_000))
+    assert world.dropped("rx") == {"longer than all receive buffers": 1}
+    window = world.device._windows[0]
+    window._detour = 0  # the short way is tried again
+    window.lend_together(1522)  # as a tap's port asks
+    link.deliver(FRAME)
+    assert world.device.fault is None
+    assert [length for _, length in guest.used(0)] == [28, 28, 16]

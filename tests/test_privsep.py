@@ -687,6 +687,30 @@ def test_signals_for_the_worker_are_passed_on(tmp_path: Path) -> None:
     assert note.read_text() == "heard"
 
 
+def test_a_worker_that_cannot_be_killed_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits in the kernel for a file system that its frontend serves (FUSE), and no longer does:
+    the helper waited for its end for ever, too."""
+    monkeypatch.setattr("vq.privsep.helper.PATIENCE", 0.1)
+
+    def work(worker: Worker, loop: Loop) -> int:
+        worker.ready()
+        loop.run()
+        return 0
+
+    run = Run(work)
+    run.helper._on_ready = run.loop.stop
+    monkeypatch.setattr(run.helper, "_wait", lambda: False)
+    began = time.monotonic()
+    assert run.helper.run() == 1
+    assert time.monotonic() - began < SECONDS / 2
+    pid = run.helper._pid
+    assert f"the worker cannot be killed: process {pid} is left behind" in caplog.text
+    os.waitpid(pid, 0)
+    run.loop.close()
+
+
 def test_a_worker_that_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import json
 import os
 import socket
@@ -44,6 +45,7 @@ from vq.recording import (
     replay,
 )
 from vq.recording.ring import Found, FoundChain, RecordingRing
+from vq.recording.show import as_json
 from vq.request import Request
 from vq.split_ring import SplitRing
 from vq.testing.hostile import Case, run_case
@@ -718,6 +720,19 @@ def test_chains_survive_the_way_into_an_event_and_back() -> None:
     assert Found.from_event(*found.event()) == found
 
 
+def test_a_recording_takes_no_other_files_place(tmp_path: Path) -> None:
+    """A disk's image that was named twice, as the image and as the recording, was gone."""
+    path = tmp_path / "image"
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="image is there already, and is no recording"):
+        Recorder(EntropyDevice(), path)
+    assert path.read_bytes() == b"precious"
+    for before in (b"", b"VQREC\1\0\0..."):
+        path.write_bytes(before)
+        Recorder(EntropyDevice(), path).close()
+        assert RecordingReader(path).header.device_id == DeviceId.ENTROPY
+
+
 # --- in words ------------------------------------------------------------------------------------
 
 
@@ -731,6 +746,30 @@ def test_a_recording_is_told_in_words(recording: Path) -> None:
     assert "requests: 0 available, 8 bytes: 6e 75 6d 62 65 72 20 30, room for 20" in text
     assert "requests: 0 given back, 8 bytes written: 4e 55 4d 42 45 52 20 30" in text
     assert "reads config 0+4: 07 00 00 00" in text
+
+
+def test_features_have_the_names_that_the_device_gives_them(tmp_path: Path) -> None:
+    """Those of a disk were told as numbers, and those of a model of one's own too."""
+    path = tmp_path / "r"
+
+    class Letters(enum.IntEnum):
+        A = 0
+        B = 9
+
+    class Lettered(DeviceModel):
+        device_id = 63
+        feature_bits = Letters
+
+        def __init__(self) -> None:
+            super().__init__(queues=[("requests", 16, lambda requests: None)], features=Letters)
+
+    with Recorder(device := Lettered(), path), wire(device) as wired:
+        wired.driver.probe()
+    lines = [line for line in describe(RecordingReader(path)) if "  features" in line]
+    assert lines and " A, B, " in lines[0] and "VERSION_1" in lines[0] and "bit" not in lines[0]
+    reader = RecordingReader(path)
+    (told,) = (as_json(event, reader.header) for event in reader if event.kind is Kind.FEATURES)
+    assert told["features"][:2] == ["A", "B"] and "VERSION_1" in told["features"]
 
 
 def test_buffers_that_are_alike_are_told_in_one_line(tmp_path: Path) -> None:

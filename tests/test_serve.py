@@ -599,7 +599,7 @@ def test_a_dead_servers_socket_is_replaced_and_a_living_ones_is_not(
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"vq serve: {second.paths[0]} is served already by another program\n"
+    assert done.stderr == f"vq serve: {second.paths[0]} is served already\n"
     plug(second.paths[0]).echo()  # `--once` was not spent on the question whether it lives
 
 

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -118,6 +119,7 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
         assert int(status[name][0], 16) == 0, name
     assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
     assert os.listdir(f"/proc/{worker}/root") == []
+    assert os.stat(f"/proc/{worker}/mem").st_uid == 0, "others of its user may not look into it"
     its = descriptors(worker)
     # The guest's memory, its inflight notes, what short frames are gathered in, starts of headers.
     assert [link for link in its if link.startswith("/")] == ["/dev/net/tun", *["/memfd"] * 4]
@@ -125,7 +127,7 @@ def test_worker_and_helper_hold_what_they_need(serve: Serve, plug: Plug, host: N
     assert its.count("socket") == 5
     assert set(its) == {"/dev/net/tun", "/memfd", "anon_inode", "pipe", "socket"}
     status = status_of(helper)
-    assert int(status["CapEff"][0], 16) == 1 << 1 | 1 << 5 | 1 << 12 | 1 << 21
+    assert int(status["CapEff"][0], 16) == 1 << 1 | 1 << 5 | 1 << 12
     assert status["NoNewPrivs"] == ["1"]
     assert not [link for link in descriptors(helper) if "memfd" in link], "a guest's memory"
     limits = Path(f"/proc/{worker}/limits").read_text()
@@ -143,6 +145,21 @@ def test_a_helper_without_taps_keeps_no_privileges_for_them(serve: Serve, plug: 
     limits = Path(f"/proc/{served.worker.pid}/limits").read_text()
     assert re.search(rf"Max data size +{100 << 20} +{100 << 20} ", limits), limits
     served.stop()
+
+
+def test_a_tap_that_is_moved_to_another_namespace_is_followed(
+    serve: Serve, plug: Plug, host: Namespace
+) -> None:
+    """By a helper that may not go there itself: it asks by netlink."""
+    served = serve(f"--link=tap:{TAP}", prefix=host.argv())
+    guest = plug(served.paths[0])
+    assert answers(guest)
+    with Namespace("vqsepb") as other:
+        host.run(f"ip link set {TAP} netns {other.name}")  # which takes it down
+        eventually(lambda: f"{TAP} is down" in served.log(), "that it is down")
+        other.run(f"ip addr add 198.18.91.1/24 dev {TAP} && ip link set {TAP} mtu 1400 up")
+        eventually(lambda: f"{TAP} is up" in served.log(), "that it is up")
+        assert answers(guest)
 
 
 def test_offloads_follow_the_guest_through_the_helper(serve: Serve, host: Namespace) -> None:
@@ -215,6 +232,21 @@ def test_an_ordinary_user_is_served_by_two_processes_too(tmp_path: Path, plug: P
     assert not os.path.lexists(path)
 
 
+def test_who_cannot_become_the_user_is_told_of_it(tmp_path: Path) -> None:
+    """As root of a user namespace without nobody in it: "Operation not permitted" was all."""
+    need_linux()
+    words = ["serve", "rng", f"--socket={tmp_path / 's'}"]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", sys.executable, "-m", "vq", *words],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert re.fullmatch(r"vq serve: this process cannot become the user nobody: [\w ]+", last)
+
+
 def test_without_a_sandbox_there_is_one_process(serve: Serve, plug: Plug) -> None:
     served = serve("--sandbox=off")
     plug(served.paths[0]).echo()
@@ -228,6 +260,48 @@ def test_what_a_device_holds_is_not_what_somebody_left_open(serve: Serve, tmp_pa
         served = serve(fds=[file.fileno()])
     assert not [link for link in descriptors(served.worker.pid) if "secret" in link]
     served.stop()
+
+
+def test_what_is_typed_at_the_terminal_is_not_the_workers_to_read(serve: Serve, plug: Plug) -> None:
+    """The helper's standard input was its own, too: a terminal of root's for instance."""
+    need_linux()
+    ours, theirs = os.openpty()
+    try:
+        served = serve(prepare=lambda: os.dup2(theirs, 0) and None)
+        inputs = [os.readlink(f"/proc/{p.pid}/fd/0") for p in (served.process, served.worker)]
+        assert inputs == [os.ttyname(theirs), os.devnull]
+        plug(served.paths[0]).echo()
+        served.stop()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_number_of_standard_input_may_be_anothers(
+    closed: bool, tmp_path: Path, plug: Plug
+) -> None:
+    """Of a socket that was handed over, or of whatever was opened first where there is none."""
+    need_linux()
+    path = str(tmp_path / "s")
+    argv = [sys.executable, "-m", "vq", "serve", "net"]
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        argv += [f"--fd={listening.fileno()}"] if closed else ["--fd=0"]
+        process = subprocess.Popen(
+            argv,
+            stdin=listening,
+            stderr=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+            preexec_fn=(lambda: os.close(0)) if closed else None,
+        )
+    try:
+        plug(path).echo()
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
 
 
 MODEL = """

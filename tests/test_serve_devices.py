@@ -27,8 +27,9 @@ from vq.testing.vhost_frontend import VhostFrontend
 SECONDS = 30.0
 SIZE = 1 << 20
 
-OWN_DEVICE = """
+OWN_DEVICE = """\
 import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,14 @@ class Early(Upper):
 
 def broken():
     raise RuntimeError("a mistake of the author's")
+
+
+def decoded():
+    json.loads("")
+
+
+def mistyped():
+    return len(7)
 
 
 number = 7
@@ -216,6 +225,7 @@ def test_statistics_for_people_leave_out_what_was_not() -> None:
         (["--image=image", "--serial=ä"], "--serial: up to 20 characters of ASCII"),
         (["--image=image", "--block-size=1000"], "argument --block-size: invalid choice"),
         (["--image=link"], "link is a symbolic link: name what it leads to"),
+        (["--image="], "'': No such file or directory"),
     ],
 )
 def test_wrong_use_is_told_in_a_sentence(
@@ -234,6 +244,14 @@ def test_wrong_use_is_told_in_a_sentence(
     err = capsys.readouterr().err
     assert status == 2
     assert complaint in err and err.count("\n") == 1
+
+
+def test_a_device_that_is_not_named_is_missed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """It said that DEVICE and "..." were required."""
+    with pytest.raises(SystemExit) as end:
+        main(["serve"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "vq serve: the following arguments are required: DEVICE\n"
 
 
 @pytest.mark.parametrize(
@@ -369,6 +387,19 @@ def test_entropy_passes_the_tests_for_random_numbers(serve: Serve, plug: Plug) -
     served.stop()
 
 
+def test_what_an_image_is_not_served_whole_or_raw_is_warned_of(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A disk that ends earlier than its file, or that is full of another format's tables, was
+    served without a word."""
+    (tmp_path / "image").write_bytes(b"QFI\xfb" + bytes(996))
+    served = serve("blk", f"--image={tmp_path}/image")
+    log = served.stop()
+    assert "image: its last 488 bytes are no whole block, and not part of the disk" in log
+    assert "image looks like qcow2; the guest gets its bytes as they are" in log
+    assert "image: 512 bytes in blocks of 512, to be read and written" in log
+
+
 # --- a model of one's own ------------------------------------------------------------------------
 
 
@@ -377,6 +408,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ownmodel.py").write_text(OWN_DEVICE)
     (tmp_path / "broken.py").write_text("x = 1\nclass Upper(:\n")
     (tmp_path / "unlucky.py").write_text("{}['colour']\n")
+    (tmp_path / "uses.py").write_text("import unlucky\n")
     (tmp_path / "unhappy.py").write_text("import sys\nsys.colour\n")
     monkeypatch.chdir(tmp_path)
 
@@ -437,8 +469,16 @@ def test_a_model_that_begins_with_threads_is_told_that_its_worker_has_none(
         (["ownmodel:Lower"], "ownmodel has no Lower"),
         (["ownmodel.py:Upper"], "name the module and not its file, as in ownmodel:Upper"),
         (["broken:Upper"], "broken.py, line 2: "),
-        (["unlucky:Upper"], "unlucky cannot be imported: KeyError: 'colour'"),
-        (["unhappy:Upper"], "unhappy cannot be imported: AttributeError: "),
+        (["unlucky:Upper"], "unlucky cannot be imported: unlucky.py, line 1: KeyError: 'colour'"),
+        (["unhappy:Upper"], "unhappy cannot be imported: unhappy.py, line 2: AttributeError: "),
+        (["uses:Upper"], "uses cannot be imported: unlucky.py, line 1: KeyError: 'colour'"),
+        ([":Upper"], ":Upper: no module is named before the colon"),
+        (["ownmodel:broken"], "ownmodel:broken: ownmodel.py, line 50: RuntimeError: a mistake of"),
+        (
+            ["ownmodel:decoded"],
+            "ownmodel:decoded: ownmodel.py, line 54: JSONDecodeError: Expecting",
+        ),
+        (["ownmodel:mistyped"], "ownmodel:mistyped: ownmodel.py, line 58: TypeError: "),
         (["ownmodel:"], "ownmodel has no name behind the colon"),
         (["ownmodel:number"], "ownmodel:number is no class or function"),
         (["ownmodel:len"], "ownmodel has no len"),
@@ -450,7 +490,7 @@ def test_a_model_that_begins_with_threads_is_told_that_its_worker_has_none(
 def test_what_is_no_model_is_told_in_a_sentence(
     capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
-    for module in [name for name in sys.modules if name == "ownmodel"]:
+    for module in [name for name in sys.modules if name in ("ownmodel", "uses")]:
         del sys.modules[module]
     assert main(["serve", words[0], "--socket=s", *words[1:]]) == 2
     err = capsys.readouterr().err

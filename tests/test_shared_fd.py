@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import tty
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -76,6 +77,16 @@ def test_to_look_for_events_never_waits_whatever_was_made_of_the_file(
         os.set_blocking(fd, True)
         with pytest.raises(BlockingIOError):
             drain(fd)
+
+
+def test_a_terminal_that_is_made_to_wait_does_not_hold_up_for_ever(watchdog: None) -> None:
+    """It does not know RWF_NOWAIT: that read is watched, as writes are."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    os.set_blocking(theirs, True)
+    made_to_wait(lambda: drain(theirs))
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_pipe_that_nobody_writes_to_any_more_is_told() -> None:

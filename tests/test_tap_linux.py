@@ -30,7 +30,10 @@ from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.gather import IoVectors
 from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Outbox, Places, Port
+from vq.netlink import interface_in
 from vq.offload import ALL, Offload, legal_tun_flags
+from vq.sandbox import capabilities
+from vq.sandbox.libc import Libc
 from vq.tap import open_tap
 from vq.tap_linux import LinuxTap, LinuxTapPort
 from vq.testing.requirements import unmet
@@ -619,6 +622,27 @@ def test_a_frame_that_the_room_would_cut_is_noticed(
 
 
 @needs_tap
+@pytest.mark.parametrize("by_address", [False, True])
+def test_frames_that_are_all_too_long_end_a_burst_too(
+    namespace: str, tap: LinuxTap, by_address: bool
+) -> None:
+    """As long as they kept coming, from whoever floods the network with them, nobody else was
+    served."""
+    port = tap.ports[0]
+    tap.set_mtu(3000)
+    room = VectorRoom() if by_address else PieceRoom(100)
+    with udp_socket(namespace) as endpoint:
+        for _ in range(100):
+            endpoint.sendto(bytes(2000), (OURS, 7000))
+    port.on_truncated = lambda: None  # nobody says how long they may be
+    port.longest = 100
+    port._longest_usual = 100
+    for turn in (1, 2, 3):
+        port._longest_usual = 100
+        assert port.read_burst(room, 4) == 0 and port.dropped == {"too long": 4 * turn}
+
+
+@needs_tap
 def test_no_room_and_no_frame_end_a_burst(namespace: str, tap: LinuxTap) -> None:
     room = PieceRoom()
     port = tap.ports[0]
@@ -904,6 +928,39 @@ def test_a_tap_is_found_again_when_it_is_moved_to_another_namespace(
         with contextlib.suppress(AssertionError):
             ip("-n", other, "link", "del", tap.name)
         ip("netns", "del", other)
+
+
+@needs_tap
+def test_a_tap_in_another_namespace_is_looked_at_without_cap_sys_admin(
+    namespace: str, tap: LinuxTap
+) -> None:
+    """A helper that keeps CAP_NET_ADMIN for its taps needs no more to follow them."""
+    ip("-n", namespace, "link", "set", tap.name, "mtu", "1234", "up")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            capabilities.keep_only(Libc(), {capabilities.CAP_NET_ADMIN})
+            status = 0 if (tap.mtu, tap.is_up) == (1234, True) else 2
+            with pytest.raises(PermissionError):  # it could not have gone there
+                tap.set_mtu(1500)
+        except BaseException:
+            status = 3
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_tap
+def test_an_interface_that_another_namespace_does_not_have_is_an_error(namespace: str) -> None:
+    fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        assert interface_in(fd, "lo").mtu == 65536
+        with pytest.raises(OSError) as refusal:
+            interface_in(fd, "vqnone0")
+        assert refusal.value.errno == errno.ENODEV
+    finally:
+        os.close(fd)
 
 
 @needs_tap
@@ -1323,6 +1380,42 @@ def test_a_frame_longer_than_its_place_is_dropped_and_not_handed_over_cut(
     assert [frame[54:] for frame in room.frames] == [b"\24" * 20, b"\x91" * 145, b"\36" * 30]
     assert port.dropped == {"too long": 2}
     assert port.longest == 3022
+
+
+@needs_tap
+def test_a_frame_moves_up_into_no_place_that_is_too_small_for_it(
+    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's buffers need not be alike, and a raised MTU makes frames longer than expected.
+
+    One that was cut made room in front of one that fitted where it lay; that one was moved up,
+    over the end of the smaller buffer and whatever stood behind.
+    """
+    outbox_of(tap)
+    port = tap.ports[0]
+    tap.set_mtu(3000)
+    port.longest = 100
+    room = LendingRoom(0)
+    sizes = (200, 2000, 200, 2000)
+    whole = (ctypes.c_ubyte * sum(sizes))()
+    starts = list(itertools.accumulate(sizes[:-1], initial=ctypes.addressof(whole)))
+    room.memory = [
+        (ctypes.c_ubyte * size).from_address(start)
+        for size, start in zip(sizes, starts, strict=True)
+    ]
+
+    def lend_apart(*_: int) -> Places:
+        lent = len(room.lengths)
+        return array("Q", starts[lent:]), array("I", sizes[lent:])
+
+    monkeypatch.setattr(room, "lend_apart", lend_apart)
+    with udp_socket(namespace) as endpoint:
+        for size in (900, 1000, 20, 30):  # cut; whole, where it lies; two that fit anywhere
+            endpoint.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    assert port.read_burst(room, 8) == 2
+    assert [frame[54:] for frame in room.frames] == [b"\24" * 20, b"\36" * 30]
+    assert port.dropped == {"too long": 2}
+    assert bytes(whole)[200 + 12 + 72 : 200 + 1054] == b"\xe8" * 970  # nothing over its end
 
 
 @needs_tap

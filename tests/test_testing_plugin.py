@@ -26,7 +26,7 @@ from vq.testing import wiring
 from vq.testing.guest import GuestError, check_uml_drives
 from vq.testing.namespaces import Namespace
 from vq.testing.plugin import vq_via
-from vq.testing.requirements import MissingRequirement, or_skip
+from vq.testing.requirements import MissingRequirement, check_contained, or_skip
 from vq.testing.served import ServedDevices, ServeProcess, guest_with
 from vq.testing.wiring import WIRES, Wired
 
@@ -231,6 +231,29 @@ def test_a_program_that_serves_ends_with_the_test(vq_serve: Callable[..., ServeP
     served = vq_serve("rng")
     assert Path(served.sockets[0]).is_socket()
     assert "waiting for a frontend" in served.log()
+
+
+def test_whoever_is_not_root_has_a_program_that_serves(tmp_path: Path) -> None:
+    """It took itself for root, and could not become nobody: "Operation not permitted"."""
+    script = f"""
+        import os
+        from pathlib import Path
+        from vq.testing.served import ServeProcess
+
+        assert os.geteuid() == 1000
+        with ServeProcess(Path({str(tmp_path)!r}), "rng") as served:
+            print(served.log())
+    """
+    ordinary = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    with or_skip():
+        check_contained()
+    done = subprocess.run(
+        [*ordinary, sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "waiting for a frontend" in done.stdout, done.stderr
 
 
 def test_a_program_that_does_not_serve_says_why(vq_serve: Callable[..., ServeProcess]) -> None:

@@ -1416,7 +1416,7 @@ def test_a_stale_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> N
         stale.bind(str(path))
     loop = Loop()
     server = Server(Shouter(), loop, path)
-    with pytest.raises(UsageError, match="served already by another"):
+    with pytest.raises(UsageError, match="is served already"):
         Server(Shouter(), loop, path)
     server.close()
     path.write_text("a file")

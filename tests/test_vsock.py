@@ -490,6 +490,39 @@ def test_bytes_for_a_program_that_is_gone_reset_the_connection(guest: Guest) -> 
     assert guest.vsock._flows == {}
 
 
+def test_a_program_that_finishes_sending_and_then_goes_is_told_to_a_silent_guest(
+    guest: Guest,
+) -> None:
+    """A guest that only waits, perhaps for its next connection, was never told."""
+    with guest.connected(5) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert guest.next()[0].flags == VsockShutdown.SEND
+        guest.ring_alarms()
+        assert guest.quiet()  # it may still read
+    guest.ring_alarms()
+    header, _ = guest.next()
+    assert (header.op, header.flags) == (VsockOp.SHUTDOWN, VsockShutdown.BOTH)
+    guest.packet(VsockOp.RST, 5)
+    assert guest.vsock._flows == {} and not guest.vsock._unread
+
+
+def test_a_program_cannot_send_to_a_guest_that_receives_no_more(guest: Guest) -> None:
+    """It filled the socket, and then waited for ever for somebody to read that."""
+    with guest.connected(5) as sock:
+        sock.send(b"unread")
+        guest.packet(VsockOp.SHUTDOWN, 5, flags=VsockShutdown.RECEIVE)
+        with pytest.raises(BrokenPipeError):
+            sock.send(b"more")
+        guest.packet(VsockOp.RW, 5, b"answer")
+        assert guest.read_host(sock, 6) == b"answer"
+    guest.ring_alarms()
+    while (header := guest.next()[0]).op == VsockOp.RW:
+        pass
+    assert (header.op, header.flags) == (VsockOp.SHUTDOWN, VsockShutdown.BOTH)
+    guest.packet(VsockOp.RST, 5)
+    assert guest.vsock._flows == {} and not guest.vsock._unread
+
+
 # --- packets of no connection --------------------------------------------------------------------
 
 
@@ -571,6 +604,17 @@ def test_a_reserved_cid_is_refused(path: str, cid: int) -> None:
     with pytest.raises(UsageError, match="cannot have the CID"):
         VsockDevice(cid, path)
     assert not Path(path).exists()
+
+
+def test_a_path_without_room_for_the_ports_is_refused(tmp_path: Path) -> None:
+    """Every connection of the guest was refused, and nothing said why."""
+    longest = len("_4294967295")
+    path = str(tmp_path / ("x" * (107 - longest - len(str(tmp_path)) - 1)))
+    with Guest(path) as guest:
+        guest.connected(0xFFFFFFFE).close()
+    with pytest.raises(UsageError, match="is too long for a socket's path"):
+        VsockDevice(CID, path + "x")
+    assert not Path(path + "x").exists()
 
 
 # --- drivers that break rules --------------------------------------------------------------------

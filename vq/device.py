@@ -608,6 +608,7 @@ class Device(ABC):
     def _drop_ring(self, queue: Queue) -> None:
         was_enabled, queue.enabled = queue.enabled, False
         queue.unfinished = ()
+        queue.call_waits = False  # whoever was to make that call may be gone, too
         if queue.ring is not None:
             queue.ring = None
             if was_enabled:

@@ -79,7 +79,9 @@ class CaptureError(UsageError):
 def in_words(error: Exception) -> str:
     """What is wrong, in one sentence for whoever reads the program's complaints."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.filename is None:
+            return error.strerror
+        return f"{error.filename or repr(error.filename)}: {error.strerror}"
     if isinstance(error, VqError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,12 +1,14 @@
-"""Files that vq makes for its user."""
+"""Files that vq makes for its user, and directories where others may write."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
-__all__ = ["create", "open_to_append"]
+__all__ = ["create", "directory_of", "open_to_append"]
 
 
 def create(path: str | os.PathLike[str], *, mode: int = 0o666, buffering: int = 0) -> BinaryIO:
@@ -30,6 +32,23 @@ def open_to_append(path: str | os.PathLike[str], *, mode: int = 0o666) -> int:
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     return _open(path, flags, mode)
+
+
+@contextmanager
+def directory_of(path: str) -> Iterator[int]:
+    """The directory of what `path` names, as a descriptor to look names up in.
+
+    Whoever may rename it could put another one in its place, or a link to one, between two looks at
+    the path: what is removed or handed over is looked up in the one that was opened. Raises
+    `OSError`.
+    """
+    parent = os.path.dirname(path) or os.curdir
+    flags = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+    directory = os.open(parent, flags)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
 
 
 def _open(path: str | os.PathLike[str], flags: int, mode: int) -> int:

@@ -354,6 +354,8 @@ class NetDevice(Device):
                 self.publish(queue)
                 if queue.ring is not ring:
                     return False
+                if ring.burst_was_long:
+                    return True  # more than any driver means: enough for a turn
             elif not ring.enable_kicks():
                 return False
         return True
@@ -516,6 +518,7 @@ class NetDevice(Device):
         enough_bytes = self.stats["tx_bytes"] + BYTES_PER_TURN
         while frames < FRAMES_PER_TURN and self.stats["tx_bytes"] < enough_bytes:
             chains, sent = _NONE_TAKEN
+            was_long = False
             waiting = ring.waiting()
             if waiting >= _WORTH_PLACES:
                 chains, sent = self._send_at_once(queue, ring, waiting)
@@ -525,6 +528,7 @@ class NetDevice(Device):
                     return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
+                was_long = ring.burst_was_long
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
                 if burst.left:
@@ -547,7 +551,7 @@ class NetDevice(Device):
                     raise burst.fault
                 if blocked:
                     return False
-                if burst.left:
+                if burst.left or was_long:
                     return True  # that was more than a turn's work
             frames += sent + len(chains)
             if sent or len(chains) >= BURST:

@@ -84,6 +84,7 @@ class ReceiveWindow:
         self._chains: list[Chain] = []  # empty while there are usual ones
         self._finished: list[Chain] = []
         self._detour = 0  # frames for which the plain way is kept to
+        self._enough = False  # in this turn: the chains were so long that no more are followed
         self._given_back = False  # whether used elements were written since the last flush
         self._pending: deque[Frame] = deque()
         self._views: list[memoryview] = []  # lent for the next frame, the spill last
@@ -380,7 +381,8 @@ class ReceiveWindow:
         return given_back
 
     def retry(self) -> None:
-        """The guest made buffers available: places what waits for them."""
+        """A turn begins, perhaps with new buffers: places what waits for them."""
+        self._enough = False
         if self._pending:
             self._leave_usual()
         self.starved = bool(self._pending) and not self._place_pending()
@@ -417,7 +419,11 @@ class ReceiveWindow:
                 self._pending.append(finished)
 
     def _refill(self) -> bool:
+        """Takes more buffers; False when there are none, or none for this turn."""
+        if self._enough:
+            return False
         chains = self._ring.pop_burst(_REFILL)
+        self._enough = self._ring.burst_was_long  # and these may have hardly a byte
         self._keep(chains)
         return bool(chains)
 
@@ -596,8 +602,9 @@ class _UsualBuffers:
         return taken > 0
 
     def adopt(self, chains: Sequence[Chain]) -> bool:
-        """Takes over chains if all of them are of the usual kind. Nothing is held."""
-        if not self.run.adopt(chains):
+        """Takes over chains if all of them are of the usual kind, and not more of them than are
+        shown to the kernel at a time. Nothing is held."""
+        if len(chains) > _MOST_LENT or not self.run.adopt(chains):
             return False
         self.left = len(chains)
         return True

@@ -51,7 +51,8 @@ _in_use: int | _Lasting | None = None
 def drain(fd: int) -> int:
     """Takes the events from an eventfd or pipe; 0 when none will come any more.
 
-    Raises `BlockingIOError` where there is none, and `OSError`.
+    Raises `BlockingIOError` where there is none, `OSError`, and `MadeToWait` where that was ended:
+    not all that can be read knows RWF_NOWAIT, a terminal for one.
     """
     # An eventfd gives one value of eight bytes, a pipe all that wait in it.
     if _NOWAIT:
@@ -60,7 +61,12 @@ def drain(fd: int) -> int:
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise
-    return os.readv(fd, _KICKS)
+    global _in_use
+    _in_use = fd
+    try:
+        return os.readv(fd, _KICKS)
+    finally:
+        _in_use = None
 
 
 def signal_event(fd: int) -> None:

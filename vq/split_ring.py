@@ -287,6 +287,17 @@ class SplitRing:
             )
         return count
 
+    @property
+    def avail_index(self) -> int:
+        """What the driver's available index says now, possible or not."""
+        index = self._avail_words[1]
+        return _swap16(index) if _BIG_ENDIAN else index
+
+    @property
+    def burst_was_long(self) -> bool:
+        """Whether the chains that were popped last were so long that a turn had better end."""
+        return self._walked >= _MAX_WALK
+
     def pop(self) -> Chain | None:
         """The next chain, or None when there is none. Raises `DriverError` for a bad one."""
         chains = self.pop_burst(1)
@@ -299,6 +310,7 @@ class SplitRing:
         descriptors go back to the driver as used, with nothing written, at the next `publish`.
         When good chains stand before it, those are returned first and the next call raises.
         """
+        self._walked = 0
         if self._undone or self._resubmit:
             return self._pop_again(limit)
         count = self.waiting()
@@ -383,7 +395,6 @@ class SplitRing:
         end = offset + length
         chain: Chain
         if flags & ~DESC_F_WRITE or offset < 0 or end > limit or not length:
-            self._walked = 0
             try:
                 chain = self._outstanding[head] = self._walk(head, descriptor)
             except DriverError:
@@ -412,7 +423,6 @@ class SplitRing:
         append = chains.append
         outstanding = self._outstanding
         size = self.size
-        self._walked = 0
         base, limit, view = self._window
         chain: Chain
         try:
@@ -448,7 +458,7 @@ class SplitRing:
                     base, limit, view = self._window
                 outstanding[head] = chain
                 append(chain)
-                if self._walked > _MAX_WALK:
+                if self._walked >= _MAX_WALK:
                     break  # enough for one burst
         except DriverError as error:
             if not chains:

@@ -23,8 +23,8 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import TypeVar, cast
 
@@ -51,6 +51,7 @@ from vq.link import (
     scatter,
 )
 from vq.memory import address_of
+from vq.netlink import interface_in
 from vq.offload import Offload, TunF, tun_flags_for, tun_offloads
 
 __all__ = ["LinuxTap", "LinuxTapPort"]
@@ -421,6 +422,7 @@ class LinuxTapPort(Port):
                     if length > NET_HDR_SIZE + longest:
                         self._longest_usual = MAX_FRAME
                         self._too_long()
+                        limit -= 1  # for who floods us with such, this is a burst too
                         continue
                     by_address.commit_together(length)
                     moved += 1
@@ -436,6 +438,7 @@ class LinuxTapPort(Port):
                 length = self._read_frame(views)
                 if length > len(views[0]) and length > sum(map(len, views)):
                     self._too_long()
+                    limit -= 1
                     continue
                 room.commit(bytes(self._header), length)
                 moved += 1
@@ -538,7 +541,8 @@ class LinuxTapPort(Port):
         addresses, sizes = places
         lengths = array("I")
         for index, result in enumerate(results):
-            if result >= sizes[index]:  # cut
+            # Cut; or too long for the place that it would move up to (they need not be alike).
+            if result >= min(sizes[index], sizes[len(lengths)]):
                 self._too_long()
             elif result > 0:
                 if len(lengths) < index:  # one came after there had been none
@@ -726,18 +730,21 @@ class LinuxTap(Tap):
     @property
     def mtu(self) -> int:
         """The interface's MTU in bytes."""
-        answer = self._ask(SIOCGIFMTU, lambda name: IFREQ_INT.pack(name, 0))
-        return int(IFREQ_INT.unpack(answer)[1])
+        with self._whereabouts() as (name, namespace):
+            if namespace is not None:
+                return interface_in(namespace, self.name).mtu
+            answer = fcntl.ioctl(self._control, SIOCGIFMTU, IFREQ_INT.pack(name, 0))
+            return int(IFREQ_INT.unpack(answer)[1])
 
     def set_mtu(self, mtu: int) -> None:
         """Sets the interface's MTU in bytes."""
-        self._ask(SIOCSIFMTU, lambda name: IFREQ_INT.pack(name, mtu))
+        self._set(SIOCSIFMTU, lambda name: IFREQ_INT.pack(name, mtu))
         self._measure()
 
     def set_up(self, up: bool) -> None:
         """Brings the interface up or down."""
         flags = self._flags() & ~IFF_UP | (IFF_UP if up else 0)
-        self._ask(SIOCSIFFLAGS, lambda name: IFREQ.pack(name, flags))
+        self._set(SIOCSIFFLAGS, lambda name: IFREQ.pack(name, flags & 0xFFFF))
 
     def set_carrier(self, carrier: bool) -> None:
         """Tells the host whether somebody is at our end of the cable."""
@@ -798,30 +805,35 @@ class LinuxTap(Tap):
         self.expect(self.delivers, self.mtu)
 
     def _flags(self) -> int:
-        return int(IFREQ.unpack(self._ask(SIOCGIFFLAGS, lambda name: IFREQ.pack(name, 0)))[1])
+        with self._whereabouts() as (name, namespace):
+            if namespace is not None:
+                return interface_in(namespace, self.name).flags
+            answer = fcntl.ioctl(self._control, SIOCGIFFLAGS, IFREQ.pack(name, 0))
+            return int(IFREQ.unpack(answer)[1])
 
-    def _ask(self, request: int, argument: Callable[[bytes], bytes]) -> bytes:
-        """Does an ioctl on the interface itself, whatever its name and namespace are by now."""
+    def _set(self, request: int, argument: Callable[[bytes], bytes]) -> None:
+        """Changes the interface itself. In another namespace that takes CAP_SYS_ADMIN."""
+        with self._whereabouts() as (name, namespace):
+            if namespace is None:
+                fcntl.ioctl(self._control, request, argument(name))
+            else:
+                _in_namespace(namespace, lambda: _set_here(request, argument(name)))
+
+    @contextmanager
+    def _whereabouts(self) -> Iterator[tuple[bytes, int | None]]:
+        """The interface's name by now, and the namespace that it was moved to, None for ours."""
         self.name = _attached_name(self._fds[0])
+        name = os.fsencode(self.name)
         try:
             namespace = fcntl.ioctl(self._fds[0], TUNGETDEVNETNS)
         except OSError:  # Linux before 5.10, or not privileged: it is where it was
-            pass
-        else:
-            try:
-                self._control_follows(namespace)
-            finally:
-                os.close(namespace)
-        return fcntl.ioctl(self._control, request, argument(os.fsencode(self.name)))
-
-    def _control_follows(self, namespace: int) -> None:
-        wanted = _namespace_id(namespace)
-        if wanted != self._control_namespace:
-            control = _in_namespace(
-                namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            )
-            self._control.close()
-            self._control, self._control_namespace = control, wanted
+            yield name, None
+            return
+        try:
+            is_ours = _namespace_id(namespace) == self._control_namespace
+            yield name, None if is_ours else namespace
+        finally:
+            os.close(namespace)
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -1013,6 +1025,11 @@ def _name_of(ifreq: bytes) -> str:
 def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _set_here(request: int, argument: bytes) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, request, argument)
 
 
 # --- namespaces ----------------------------------------------------------------------------------

@@ -12,10 +12,15 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Iterator
+from typing import TypeAlias
 
 from vq.errors import UsageError
+from vq.files import directory_of
 
 __all__ = ["Listener", "check_path", "connect"]
+
+_Identity: TypeAlias = tuple[int, int]  # a file system's number, and a file's in it
 
 
 class Listener:
@@ -41,20 +46,22 @@ class Listener:
         check_path(path)
         self.path = path
         self.socket = _make_socket()
-        self._file: tuple[int, int] | None = None
+        self._file: tuple[_Identity, _Identity] | None = None
         self._maker = os.getpid()
         try:
-            _remove_dead(path, patience)
-            private = (owner, group, mode) != (None, None, None)
-            mask = os.umask(0o177) if private else None
-            try:
-                self.socket.bind(path)
-            finally:
-                if mask is not None:
-                    os.umask(mask)
-            self._file = _identity(path)
-            if private:
-                _hand_over(path, self._file, owner, group, mode)
+            with directory_of(path) as directory:
+                _remove_dead(path, directory, patience)
+                private = (owner, group, mode) != (None, None, None)
+                mask = os.umask(0o177) if private else None
+                try:
+                    self.socket.bind(path)
+                finally:
+                    if mask is not None:
+                        os.umask(mask)
+                made = _made(path, directory)
+                self._file = _identity(os.fstat(directory)), _identity(made)
+                if private:
+                    _hand_over(path, directory, made, owner, group, mode)
             self.socket.listen(backlog)
         except OSError as error:
             self.close()
@@ -70,11 +77,13 @@ class Listener:
         """
         self.socket.close()
         file, self._file = self._file, None
-        if os.getpid() != self._maker:
+        if file is None or os.getpid() != self._maker:
             return
-        with contextlib.suppress(OSError):
-            if file is not None and _identity(self.path) == file:
-                os.unlink(self.path)
+        name = os.path.basename(self.path)
+        with contextlib.suppress(OSError), directory_of(self.path) as directory:
+            there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if (_identity(os.fstat(directory)), _identity(there)) == file:
+                os.unlink(name, dir_fd=directory)
 
 
 def connect(path: str) -> socket.socket:
@@ -85,10 +94,14 @@ def connect(path: str) -> socket.socket:
     check_path(path)
     connection = _make_socket()
     try:
-        connection.connect(path)
+        with _pinned(path) as pinned:
+            connection.connect(pinned)
     except OSError as error:
         connection.close()
         raise _explained(error, path) from error
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -107,59 +120,112 @@ def check_path(path: str) -> None:
                 raise UsageError(f"{path!r} is too long for a socket's path") from None
 
 
+@contextlib.contextmanager
+def _pinned(path: str) -> Iterator[str]:
+    """A path that leads to the socket which is at `path` now, whatever is put there next.
+
+    Who may write to the directory could have somebody with more rights, who connects for him, reach
+    any socket of the host's through a link. Raises `UsageError` for what is no socket, and for one
+    with a second name, which may be another's; `OSError` where nothing is. Without Linux' /proc it
+    is `path` itself.
+    """
+    flags = getattr(os, "O_PATH", 0)
+    if not flags or not os.path.isdir("/proc/self/fd"):
+        yield path
+        return
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_nlink > 1:
+            raise UsageError(f"{path} is not a socket, or has a second name")
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 def _make_socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.setblocking(False)
     return made
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
+def _identity(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
 
 
-def _remove_dead(path: str, patience: float) -> None:
+def _made(path: str, directory: int) -> os.stat_result:
+    """The status of the socket that was made in the directory by binding to `path`.
+
+    Raises `UsageError` when something else is there.
+    """
+    try:
+        status = os.stat(os.path.basename(path), dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        status = None
+    if status is None or not stat.S_ISSOCK(status.st_mode):
+        raise _replaced(path)
+    return status
+
+
+def _replaced(path: str) -> UsageError:
+    return UsageError(f"{path} was replaced by something else while it was made")
+
+
+def _remove_dead(path: str, directory: int, patience: float) -> None:
     """Makes way for a socket at `path`, if nobody has the one that is there."""
     deadline = time.monotonic() + patience
-    while os.path.lexists(path):
+    name = os.path.basename(path)
+    # No path goes from a descriptor but by Linux' /proc: there what is asked is what is removed.
+    ours = f"/proc/self/fd/{directory}"
+    asked = f"{ours}/{name}" if os.path.isdir(ours) else path
+    while os.path.lexists(asked):
         # A socket of another type cannot connect, and so disturbs nobody: the refusal alone tells
         # whether the socket has an owner (connect(2): EPROTOTYPE, ECONNREFUSED).
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect(path)
+                probe.connect(asked)
             except ConnectionRefusedError:
-                os.unlink(path)
+                os.unlink(name, dir_fd=directory)
                 return
             except OSError as error:
                 if error.errno != errno.EPROTOTYPE:
                     raise
         if time.monotonic() >= deadline:
-            raise UsageError(f"{path} is served already by another program")
+            raise UsageError(f"{path} is served already")
         time.sleep(0.02)
 
 
 def _hand_over(
-    path: str, file: tuple[int, int], owner: int | None, group: int | None, mode: int | None
+    path: str,
+    directory: int,
+    made: os.stat_result,
+    owner: int | None,
+    group: int | None,
+    mode: int | None,
 ) -> None:
     """Gives the socket at `path`, if it is still the one that we made, to who is to have it.
 
-    Who may write to the directory could put a link to something else in its place in the meantime:
-    links are not followed, and nothing but our own socket is opened up.
+    Who may write to the directory could put something else in its place in the meantime, a link or
+    another's socket: links are not followed, and nothing but our own socket is given away, which
+    has but one name.
     """
-    if owner is not None or group is not None:
-        numbers = (-1 if owner is None else owner, -1 if group is None else group)
-        os.chown(path, *numbers, follow_symlinks=False)
+    if made.st_uid != os.geteuid() or made.st_nlink != 1:
+        raise _replaced(path)
+    numbers = (-1 if owner is None else owner, -1 if group is None else group)
     if mode is None:
         mode = 0o600 if group is None else 0o660
+    name = os.path.basename(path)
     if os.chmod in os.supports_follow_symlinks:
-        os.chmod(path, mode, follow_symlinks=False)
+        os.chown(name, *numbers, dir_fd=directory, follow_symlinks=False)
+        os.chmod(name, mode, dir_fd=directory, follow_symlinks=False)
         return
     # Linux (before 6.6) changes no mode by path without following links, but by descriptor.
-    fd = os.open(path, os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 0))
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 0)
+    fd = os.open(name, flags, dir_fd=directory)
     try:
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != file:
-            raise UsageError(f"{path} was replaced by something else while it was made")
+        if _identity(os.fstat(fd)) != _identity(made):
+            raise _replaced(path)
+        os.chown(f"/proc/self/fd/{fd}", *numbers)
         os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
         os.close(fd)

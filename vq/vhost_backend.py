@@ -64,6 +64,12 @@ ENABLE_SECONDS = 0.1
 """How long what waits in a ring that is started, but disabled, stays there without a kick: many
 frontends start a ring first and enable it a moment later."""
 
+MANY_KICKS = 256
+"""After so many it is looked whether a buffer came with them."""
+REST_SECONDS = 0.05
+"""How long kicks of a ring are not heard of which so many brought nothing. A descriptor can kick
+without anybody: a timer's, or an eventfd that is a semaphore and was filled once."""
+
 _ANY_DEVICE = (
     ProtocolFeature.MQ,
     ProtocolFeature.LOG_SHMFD,
@@ -191,6 +197,12 @@ class Vring:
     held: Held = Held.NOTHING
     look: Timer | None = None
     """For a ring that was started, and may be enabled a moment later."""
+    kicks: int = 0
+    """How many came since it was looked whether they bring anything."""
+    kicked_at: int = -1
+    """Where the driver's index was when it was looked."""
+    rest: Timer | None = None
+    """While kicks are not heard."""
 
     @property
     def running(self) -> bool:
@@ -769,6 +781,7 @@ class Backend:
         if vring.look is not None:
             vring.look.cancel()
             vring.look = None
+        self._end_rest(vring)
         if vring.kick_fd >= 0:
             self._loop.watch(vring.kick_fd)
         queue = self.device.queues[vring.index]
@@ -783,6 +796,7 @@ class Backend:
             vring.next_used = ring.next_used
 
     def _watch_kick(self, vring: Vring) -> None:
+        self._end_rest(vring)
         if vring.kick is Kick.FD:
             self._loop.watch(vring.kick_fd, readable=partial(self._kicked, vring))
         elif vring.kick is Kick.POLLED and self._poll_timer is None:
@@ -795,18 +809,44 @@ class Backend:
         vring.kick = Kick.NONE
 
     def _kicked(self, vring: Vring) -> None:
+        vring.kicks += 1
+        if vring.kicks >= MANY_KICKS and self._kicks_in_vain(vring):
+            return
         try:
             alive = drain(vring.kick_fd)
         except BlockingIOError:
             return
-        except OSError as error:
-            log.warning("ring %d: its kick descriptor cannot be read: %s", vring.index, error)
+        except (OSError, MadeToWait) as error:
+            log.warning("ring %d: its kick descriptor cannot be read: %s", vring.index, str(error))
             alive = False
         if not alive:  # a pipe whose writer is gone would stay readable for ever
             self._loop.watch(vring.kick_fd)
             return
         self._hear_of_driver()
         self.device.notify(vring.index)
+
+    def _kicks_in_vain(self, vring: Vring) -> bool:
+        """Whether no buffer came with so many kicks; then no more are heard for a while."""
+        ring = self.device.queues[vring.index].ring
+        index = -1 if ring is None else ring.avail_index
+        before, vring.kicked_at = vring.kicked_at, index
+        vring.kicks = 0
+        if index != before:
+            return False
+        log.info("ring %d: kicks that bring nothing, more than are heard", vring.index)
+        self._loop.watch(vring.kick_fd)
+        vring.rest = self._loop.call_later(REST_SECONDS, partial(self._hear_again, vring))
+        return True
+
+    def _hear_again(self, vring: Vring) -> None:
+        self._watch_kick(vring)
+        self._hear_of_driver()
+        self.device.notify(vring.index)
+
+    def _end_rest(self, vring: Vring) -> None:
+        if vring.rest is not None:
+            vring.rest.cancel()
+            vring.rest = None
 
     def _hear_of_driver(self) -> None:
         """Who kicks a ring that runs is up (virtio 1.3, 3.1.1: no kick before DRIVER_OK).

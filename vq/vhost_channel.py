@@ -30,6 +30,9 @@ MAX_STATE = 1 << 24
 """Bytes of a device's saved state that are taken at most."""
 MAX_CHANNEL_BACKLOG = 256
 """Requests waiting for room in the channel; more are dropped."""
+MOST_IN_VAIN = 16
+"""How often in a row there may be nothing to read or write where the system said that there is. A
+frontend can ask for errors that stay until somebody takes them, as a TCP socket's timestamps do."""
 
 
 class Channel:
@@ -41,6 +44,7 @@ class Channel:
     def __init__(self, fd: int, loop: Loop) -> None:
         self._loop = loop
         self._backlog: deque[bytes] = deque()
+        self._in_vain = 0
         self._decoder = Decoder(BackendRequest, replies=True)
         try:
             self._socket = socket.socket(fileno=fd)
@@ -97,6 +101,7 @@ class Channel:
     def _read(self) -> None:
         try:
             data = self._socket.recv(max(1, self._decoder.wanted), _DONTWAIT)
+            self._in_vain = 0
             self._decoder.feed(data)
             for reply in self._decoder:
                 if reply.payload:
@@ -105,7 +110,9 @@ class Channel:
                 log.info("the frontend closed the backend's channel")
                 self.close()
         except BlockingIOError:
-            pass
+            self._in_vain += 1
+            if self._in_vain > MOST_IN_VAIN:
+                self._lost("it is readable, and there is nothing to read")
         except (OSError, FrontendError) as error:
             self._lost(str(error))
 
@@ -128,6 +135,8 @@ class Transfer:
         self._loop = loop
         self._data = bytearray(state)
         self._load = load
+        self._left = -1
+        self._in_vain = 0
         self._failed: bool | None = None
         self._waiting: Callable[[bool], None] | None = None
         os.set_blocking(fd, False)
@@ -159,6 +168,12 @@ class Transfer:
             if self._load is not None:
                 self._load(bytes(self._data))
         except BlockingIOError:
+            self._in_vain = self._in_vain + 1 if self._left == len(self._data) else 0
+            self._left = len(self._data)
+            if self._in_vain > MOST_IN_VAIN:
+                log.warning("the device's state did not get across: the descriptor is never ready")
+                self._finish(failed=True)
+                return
             watch = {"writable" if self._load is None else "readable": self._step}
             self._loop.watch(self._fd, **watch)
         except (OSError, VqError) as error:

@@ -6,9 +6,10 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,9 @@ import pytest
 
 from vq.devices.block import BlockDevice
 from vq.devices.block_image import Image
+from vq.errors import UsageError
 from vq.testing.guest import Guest, QemuGuest, UmlGuest
-from vq.testing.requirements import or_skip
+from vq.testing.requirements import need_program, or_skip
 from vq.testing.served import ServedDevices, ServeProcess, assert_well, wait_until
 
 SIZE = 64 << 20
@@ -175,6 +177,56 @@ def test_every_queue_is_used(stack: ExitStack, tmp_path: Path) -> None:
         guest.output(f"taskset {processor} dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct")
         assert device.queues[index].ring.next_used != before
     assert guest.complaints() == []
+
+
+def test_an_image_is_not_served_while_qemu_writes_to_it_nor_the_other_way_round(
+    tmp_path: Path,
+) -> None:
+    """Both looked for their own kind of lock alone, and would have ruined each other's disk."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 1 << 20)
+    qemu = need_program("qemu-system-x86_64", package="qemu-system-x86")
+
+    @contextmanager
+    def started(read_only: str) -> Iterator[bool]:
+        """Whether QEMU gets the image."""
+        drive = f"file={image},format=raw,if=virtio,readonly={read_only}"
+        process = subprocess.Popen(
+            [*(qemu, "-M", "q35", "-S", "-display", "none", "-qmp", "stdio", "-drive", drive)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write('{"execute": "qmp_capabilities"} {"execute": "query-status"}\n')
+            process.stdin.flush()
+            said = ""
+            while "prelaunch" not in said and "lock" not in said:
+                said = process.stdout.readline()
+                assert said, "QEMU ended"
+            yield "lock" not in said
+        finally:
+            process.kill()
+            process.communicate()
+
+    for mine, theirs, together in (
+        (False, "off", False),
+        (False, "on", False),
+        (True, "off", False),
+        (True, "on", True),
+    ):
+        with closing(Image(image, read_only=mine)), started(theirs) as alone:
+            assert alone is together, (mine, theirs)
+        with started(theirs) as alone:
+            assert alone
+            if together:
+                Image(image, read_only=mine).close()
+            else:
+                with pytest.raises(UsageError, match="is in use by another process"):
+                    Image(image, read_only=mine)
 
 
 @pytest.mark.parametrize("options", [(), ("--direct",)], ids=["cached", "direct"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -19,11 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vq.abi_block import SECTOR
+from vq.devices.image_lock import lock_image
 from vq.errors import UsageError
+from vq.log_limit import limited_logger
 from vq.packet import cut
 from vq.request import IOV_MAX
 
 __all__ = ["FALLOC_FL_KEEP_SIZE", "FALLOC_FL_PUNCH_HOLE", "FALLOC_FL_ZERO_RANGE", "Image"]
+
+log = limited_logger(__name__)
 
 SYSTEM_CALLS = (*("fallocate", "fdatasync", "preadv", "preadv2", "pwritev", "pwritev2"),)
 
@@ -40,6 +43,9 @@ _CHUNK = 1 << 20
 
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 
+_FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"QED\0": "QED"}
+"""How files begin that hold a disk in another form than its own bytes."""
+
 Views = Sequence[memoryview]
 
 
@@ -51,7 +57,8 @@ class Image:
     cache. Where the guest's buffers are not aligned for that they are copied.
 
     Raises `UsageError` for what is no image, is in use, or cannot do what is asked, and `OSError`
-    when the system refuses. A symbolic link is not followed.
+    when the system refuses. A symbolic link is not followed. What looks like an image of another
+    format, or ends in the middle of a block, is logged as a warning.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class Image:
                     f" {least} to 4096 in powers of two"
                 )
             self.measure()
+            self._warn_of_format()
             if not self.size:
                 raise UsageError(f"{self.path} has no room for a block of {self.block_size} bytes")
             self.reads_cached = not direct and self._can_read_cached()
@@ -98,7 +106,14 @@ class Image:
     def measure(self) -> bool:
         """Looks how long the image is now; whether that has changed."""
         before = self.size
-        self.size = os.lseek(self._fd, 0, os.SEEK_END) // self.block_size * self.block_size
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        self.size = end // self.block_size * self.block_size
+        if before != self.size != end and self.size:
+            log.warning(
+                "%s: its last %d bytes are no whole block, and not part of the disk",
+                self.path,
+                end - self.size,
+            )
         return self.size != before
 
     @property
@@ -182,11 +197,18 @@ class Image:
         return offset, views
 
     def _lock(self) -> None:
-        how = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
-        try:
-            fcntl.flock(self._fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path} is in use by another process") from None
+        if not lock_image(self._fd, read_only=self.read_only):
+            raise UsageError(f"{self.path} is in use by another process")
+
+    def _warn_of_format(self) -> None:
+        """A guest may write such bytes to a raw disk itself: it is no error."""
+        start = memoryview(mmap.mmap(-1, 4096))
+        os.preadv(self._fd, [start], 0)
+        for magic, name in _FORMATS.items():
+            if bytes(start[: len(magic)]) == magic:
+                log.warning(
+                    "%s looks like %s; the guest gets its bytes as they are", self.path, name
+                )
 
     def _direct_alignment(self) -> int:
         """The shortest read that direct I/O does here."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from vq.abi import DeviceId
+from vq.errors import DriverError
 from vq.model import DeviceModel
 from vq.request import Request
 
@@ -16,7 +17,8 @@ MOST = 65536
 
 
 class EntropyDevice(DeviceModel):
-    """Fills every buffer with bytes of `source`, by default the system's own random numbers.
+    """Fills every buffer with bytes of `source`, by default the system's own random numbers: up to
+    64 KiB for each.
 
     `source` is called with a number of bytes and gives as many. ``random_bytes`` in `stats` counts
     them.
@@ -31,7 +33,16 @@ class EntropyDevice(DeviceModel):
 
     def _fill(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            data = self._source(min(request.writer.remaining, MOST))
-            request.writer.write(data)  # virtio 1.3, 5.4.6.2: one or more bytes, not all of them
+            room = request.writer.remaining
+            if request.reader.remaining:
+                raise DriverError(
+                    "a device-readable buffer", queue=self.queues[0].name, section="5.4.6.1"
+                )
+            if not room:
+                raise DriverError(
+                    "a buffer without room", queue=self.queues[0].name, section="5.4.6.2"
+                )
+            data = self._source(min(room, MOST))
+            request.writer.write(data)  # 5.4.6.2: one or more bytes, not all of them
             request.complete()
             self.stats["random_bytes"] += len(data)

@@ -262,8 +262,8 @@ class PtyEnd(_StreamEnd):
     the peer. It is raw from the start: what is echoed or edited is the guest's to decide. The size
     is that which the peer set.
 
-    Raises `UsageError` when something other than a symbolic link is at `link`, `OSError` when the
-    system has no terminal to give.
+    Raises `UsageError` when something other than a link to a terminal is at `link`, `OSError` when
+    the system has no terminal to give.
     """
 
     sized = True
@@ -416,16 +416,25 @@ def host_end(text: str) -> HostEnd:
 
 
 def _make_link(target: str, link: str) -> None:
-    """A symbolic link, in place of one that was left there."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISLNK(os.lstat(link).st_mode):
-            raise UsageError(f"{link} is there already, and is not a symbolic link")
-        os.unlink(link)
-    os.symlink(target, link)
+    """A symbolic link, in place of one to a terminal that was left there."""
+    name = os.path.basename(link)
+    try:
+        with files.directory_of(link) as directory:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISLNK(there.st_mode):
+                    raise UsageError(f"{link} is there already, and is not a symbolic link")
+                if os.path.dirname(os.readlink(name, dir_fd=directory)) != os.path.dirname(target):
+                    raise UsageError(f"{link} is there already, and does not lead to a terminal")
+                os.unlink(name, dir_fd=directory)
+            os.symlink(target, name, dir_fd=directory)
+    except OSError as error:  # which names the target first, that has nothing to do with it
+        raise OSError(error.errno, error.strerror, link) from None
 
 
 def _remove_link(target: str, link: str) -> None:
     """Removes a link of ours, unless it is another's by now."""
-    with contextlib.suppress(OSError):
-        if os.readlink(link) == target:
-            os.unlink(link)
+    name = os.path.basename(link)
+    with contextlib.suppress(OSError), files.directory_of(link) as directory:
+        if os.readlink(name, dir_fd=directory) == target:
+            os.unlink(name, dir_fd=directory)

@@ -42,7 +42,7 @@ from vq.abi_vsock import (
     VsockType,
 )
 from vq.device import Queue, Watch
-from vq.devices.hangup import hung_up
+from vq.devices.hangup import hung_up, is_closed
 from vq.devices.vsock_connection import Connection, Header, State
 from vq.errors import DriverError, UsageError
 from vq.log_limit import limited_logger
@@ -112,6 +112,7 @@ class VsockDevice(DeviceModel):
     ) -> None:
         if not 0 <= cid <= 0xFFFFFFFF or cid in RESERVED_CIDS:
             raise UsageError(f"a guest cannot have the CID {cid}")
+        unix_socket.check_path(f"{prefix_of_ports(path)}{LAST_PORT}")  # has to have room, too
         super().__init__(
             queues=[
                 ("rx", QUEUE_SIZE, None),
@@ -128,6 +129,7 @@ class VsockDevice(DeviceModel):
         self._buffer = buffer
         self._flows: dict[tuple[int, int], _Flow] = {}  # by the guest's port and the host's
         self._lingering: set[_Flow] = set()  # over for the guest, with bytes for the host
+        self._unread: set[_Flow] = set()  # whose socket is not read any more
         self._greeting: set[_Greeting] = set()
         self._rooms: deque[_Room] = deque()
         self._resets: dict[tuple[int, int, int], Header] = {}  # by the guest's port, whom it meant
@@ -319,11 +321,29 @@ class VsockDevice(DeviceModel):
     def _input_ended(self, flow: _Flow) -> None:
         assert flow.sock is not None
         if hung_up(flow.sock.fileno()):
-            flow.connection.shutdown(VsockShutdown.BOTH)
-            self._hang_up(flow)
-            self._by(flow, GOODBYE_SECONDS)
+            self._program_gone(flow)
         else:
             flow.connection.shutdown(VsockShutdown.SEND)
+            self._stop_reading(flow)
+
+    def _stop_reading(self, flow: _Flow) -> None:
+        """One of both ends is done with this direction: no event tells any more who is gone."""
+        if flow.sock is not None:
+            self._unread.add(flow)
+            self._wind_clock()
+
+    def _look_for_program(self, flow: _Flow) -> None:
+        """Tells the guest when the program is gone whose socket is not read any more."""
+        assert flow.sock is not None
+        unwanted = flow.connection.peer_shutdown & VsockShutdown.RECEIVE
+        if (is_closed if unwanted else hung_up)(flow.sock.fileno()):
+            self._program_gone(flow)
+            self._look_after(flow)
+
+    def _program_gone(self, flow: _Flow) -> None:
+        flow.connection.shutdown(VsockShutdown.BOTH)
+        self._hang_up(flow)
+        self._by(flow, GOODBYE_SECONDS)
 
     def _find_rooms(self) -> bool:
         """Takes receive buffers from the guest; returns whether there are any."""
@@ -359,14 +379,8 @@ class VsockDevice(DeviceModel):
         connection = flow.connection
         if connection.state is State.CLOSED:
             self._over(flow)
-        elif (
-            flow.sock is not None
-            and not flow.unsent
-            and not flow.output_ended
-            and connection.peer_shutdown & VsockShutdown.SEND
-        ):
-            flow.output_ended = True
-            self._end_output(flow)
+        else:
+            self._pass_on_shutdown(flow)
         if flow.sock is not None:
             flow.watch.want(
                 reading=connection.credit > 0 and not flow.has_input, writing=bool(flow.unsent)
@@ -375,10 +389,21 @@ class VsockDevice(DeviceModel):
             flow.is_waiting = True
             self._waiting.append(flow)
 
-    def _end_output(self, flow: _Flow) -> None:
-        assert flow.sock is not None
+    def _pass_on_shutdown(self, flow: _Flow) -> None:
+        """Tells the program what the guest will not do any more."""
+        said = flow.connection.peer_shutdown
+        if said & VsockShutdown.SEND and not flow.unsent and not flow.output_ended:
+            flow.output_ended = True
+            self._shut(flow, socket.SHUT_WR)
+        if said & VsockShutdown.RECEIVE and not flow.input_ended:
+            flow.input_ended = True
+            self._shut(flow, socket.SHUT_RD)
+            self._stop_reading(flow)
+
+    def _shut(self, flow: _Flow, what: int) -> None:
         try:
-            flow.sock.shutdown(socket.SHUT_WR)
+            if flow.sock is not None:
+                flow.sock.shutdown(what)
         except OSError:
             self._hang_up(flow)
 
@@ -393,6 +418,7 @@ class VsockDevice(DeviceModel):
                 self.stats["reset"] += 1
                 log.debug("port %d: %s", connection.local[1], connection.fault)
         flow.has_input = False
+        self._unread.discard(flow)
         if flow.unsent and connection.peer_shutdown & VsockShutdown.SEND:
             self._lingering.add(flow)  # what the guest sent before it went is the host's to have
         else:
@@ -406,6 +432,7 @@ class VsockDevice(DeviceModel):
             self.unwatch(flow.watch)
             flow.sock.close()
             flow.sock = None
+        self._unread.discard(flow)
         flow.has_input = False
         flow.unsent.clear()
         flow.connection.forwarded(flow.connection.waiting)
@@ -508,6 +535,9 @@ class VsockDevice(DeviceModel):
     def _by(self, what: _Flow | _Greeting | None, seconds: float) -> None:
         """Something has to have come about in so many seconds."""
         self._deadlines[what] = time.monotonic() + seconds
+        self._wind_clock()
+
+    def _wind_clock(self) -> None:
         if self._clock.deadline is None:
             self._clock.set(TICK_SECONDS)
 
@@ -524,7 +554,9 @@ class VsockDevice(DeviceModel):
                 self._drop_all()
             else:
                 self._admit()
-        if self._deadlines:
+        for flow in list(self._unread):
+            self._look_for_program(flow)
+        if self._deadlines or self._unread:
             self._clock.set(TICK_SECONDS)
         self._serve()
 
@@ -607,6 +639,7 @@ class _Flow:
         self.watch: Watch
         self.unsent = bytearray()  # of the guest, for the socket
         self.output_ended = False  # the socket was told that no more will come
+        self.input_ended = False  # ... that no more is wanted
         self.has_input = False  # the socket has something, which waits for receive buffers
         self.is_waiting = False  # in the device's queue of those who have something for the guest
 

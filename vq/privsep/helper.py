@@ -190,15 +190,26 @@ class Helper:
         return True
 
     def _end_worker(self) -> None:
-        """Ends the worker in order, and in the end in any way."""
+        """Ends the worker in order, or kills it.
+
+        One that waits in the kernel for a file system cannot be killed before that answers, and it
+        may be the frontend's own: then the worker is left behind.
+        """
         self._close_channels()
         deadline = time.monotonic() + PATIENCE
+        killed = False
         while not self._wait():
             time.sleep(SOON)
-            if time.monotonic() > deadline:
-                log.error("the worker does not end, and is killed")
-                self._kill()
-                deadline += PATIENCE
+            if time.monotonic() <= deadline:
+                continue
+            if killed:
+                log.error("the worker cannot be killed: process %d is left behind", self._pid)
+                self._status = 1
+                return
+            log.error("the worker does not end, and is killed")
+            self._kill()
+            killed = True
+            deadline += PATIENCE
 
     def _pass_on(self, number: int, _: object) -> None:
         """A signal for the worker came here: ours is the process that is known."""

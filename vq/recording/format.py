@@ -29,18 +29,20 @@ from __future__ import annotations
 import enum
 import json
 import os
+import stat
 import struct
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
-from vq.errors import CaptureError
+from vq.errors import CaptureError, UsageError
 from vq.files import create
 from vq.system_calls import THREAD_CALLS
 
@@ -190,6 +192,8 @@ class Header:
     """What the device offers."""
     from_outside: list[str] = field(default_factory=list)
     """Queues whose answers are not the driver's doing alone; see `vq.device.Device`."""
+    feature_names: dict[int, str] = field(default_factory=dict)
+    """Names of the device type's own features, by bit number."""
     served: list[str] = field(default_factory=list)
     """The words behind ``vq serve`` that made the device, where it was served."""
     link: dict[str, Any] | None = None
@@ -207,8 +211,11 @@ class Header:
         try:
             fields = json.loads(data)
             fields["queues"] = [(str(name), int(size)) for name, size in fields["queues"]]
+            names = fields.get("feature_names", {})
+            fields["feature_names"] = {int(bit): name for bit, name in names.items()}
             header = cls(**fields)
             words = [header.device, header.began, *header.from_outside, *header.served]
+            words += header.feature_names.values()
             if not all(isinstance(word, str) for word in words):
                 raise TypeError("a word that is none")
             if not all(isinstance(number, int) for number in (header.device_id, header.features)):
@@ -216,7 +223,10 @@ class Header:
             if not isinstance(header.link, dict | None):
                 raise TypeError("a link that is none")
             return header
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, AttributeError, LookupError),
+            *(ArithmeticError, RecursionError),
+        ) as error:
             raise CaptureError(f"the recording's header cannot be read: {error!r}") from None
 
 
@@ -225,7 +235,8 @@ class RecordingWriter:
 
     `limit` is how many bytes of events are kept at most, before they are compressed. When that is
     reached, and when the file cannot be written any more, `ended` says why, and nothing more is
-    taken; the recording up to there is good. Raises `OSError` when the file cannot be made.
+    taken; the recording up to there is good. A recording that is there makes way. Raises
+    `UsageError` for any other file, and `OSError` when it cannot be made.
     """
 
     def __init__(
@@ -244,6 +255,7 @@ class RecordingWriter:
         self._stop = threading.Event()
         self._closed = False
         # All that the guest says is in it: that is for its owner's eyes.
+        _check_place(path)
         self._file = create(path, mode=0o600, buffering=-1)
         described = header.encode()
         self._file.write(_START + _LENGTH.pack(len(described)) + described)
@@ -468,3 +480,13 @@ def _quads(count: int) -> struct.Struct:
 @lru_cache(maxsize=1024)
 def _longs(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}I")
+
+
+def _check_place(path: str | os.PathLike[str]) -> None:
+    """Raises `UsageError` where a file would be lost that is no recording."""
+    with suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            with open(path, "rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise UsageError(f"{os.fspath(path)} is there already, and is no recording")

@@ -67,6 +67,7 @@ class Recorder:
                 for queue in device.queues
                 if any(fnmatch.fnmatch(queue.name, name) for name in device.from_outside)
             ],
+            feature_names={int(feature): feature.name for feature in device.feature_bits},
             served=list(served),
             link=None if self._link is None else describe_link(self._link),
             began=datetime.now(UTC).isoformat(timespec="seconds"),

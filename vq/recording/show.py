@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vq.abi import DeviceId, Feature, NetFeature, Status, feature_names
+from vq.abi import DeviceId, Feature, Status, bits
 from vq.errors import CaptureError
 from vq.offload import Offload
 from vq.recording.format import Event, Header, Kind, RecordingReader
@@ -80,6 +80,8 @@ def as_json(event: Event, header: Header) -> dict[str, Any]:
             fields["queue"] = _queue_name(header, numbers[0])
         case Kind.ALARM:
             fields["alarm"] = numbers[0]
+        case Kind.FEATURES:
+            fields["features"] = _features(header, numbers)
         case _:
             fields |= {"numbers": list(numbers), "bytes": [data.hex() for data in strings]}
     return fields
@@ -101,7 +103,6 @@ class _Words:
     def __init__(self, header: Header, data: bool) -> None:
         self._header = header
         self._most = 1 << 30 if data else _SHOWN
-        self._names = NetFeature if header.device_id == DeviceId.NET else Feature
 
     def line(self, event: Event) -> str:
         """A cause."""
@@ -111,8 +112,7 @@ class _Words:
                 pairs = zip(numbers[::2], numbers[1::2], strict=True)
                 return "memory " + ", ".join(f"{gpa:#x}+{size:#x}" for gpa, size in pairs)
             case Kind.FEATURES:
-                features = sum(word << 64 * place for place, word in enumerate(numbers))
-                return "features " + ", ".join(feature_names(features, self._names))
+                return "features " + ", ".join(_features(self._header, numbers))
             case Kind.STATUS:
                 return f"status {_status(numbers[0])}"
             case Kind.CONFIG_READ:
@@ -220,6 +220,13 @@ class _Words:
 
     def _queue(self, index: int) -> str:
         return _queue_name(self._header, index)
+
+
+def _features(header: Header, words: Sequence[int]) -> list[str]:
+    """The names of features that stand in 64-bit words, lowest bit first."""
+    names = {int(feature): feature.name for feature in Feature} | header.feature_names
+    features = sum(word << 64 * place for place, word in enumerate(words))
+    return [names.get(bit, f"bit {bit}") for bit in bits(features)]
 
 
 def _room(chain: FoundChain) -> int:

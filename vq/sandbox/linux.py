@@ -122,14 +122,13 @@ def keep_helper_privileges(*, taps: bool, again: bool, libc: Libc | None = None)
     """In a helper that is root: keeps the capabilities that it may need, and no others.
 
     They are for ending a worker of another user, and for sockets in a user's directory, to connect
-    to and to remove. With `taps` also for their settings, and for following one that is moved to
-    another network namespace (setns(2)); with `again` for starting another worker, which makes
-    namespaces of its own and becomes another user.
+    to and to remove. With `taps` also for their settings; with `again` for starting another worker,
+    which makes namespaces of its own and becomes another user.
     """
     libc = libc or Libc()
     kept = {capabilities.CAP_KILL, capabilities.CAP_DAC_OVERRIDE}
     if taps:
-        kept |= {capabilities.CAP_NET_ADMIN, capabilities.CAP_SYS_ADMIN}
+        kept.add(capabilities.CAP_NET_ADMIN)
     if again:
         kept |= {capabilities.CAP_SETUID, capabilities.CAP_SETGID, capabilities.CAP_SETPCAP}
         kept |= {capabilities.CAP_SYS_ADMIN}

@@ -36,9 +36,13 @@ def become(user: User) -> None:
 
     Raises `OSError` when the kernel refuses, or when root can be had back all the same.
     """
-    os.setgroups([user.gid])
-    os.setresgid(user.gid, user.gid, user.gid)
-    os.setresuid(user.uid, user.uid, user.uid)
+    try:
+        os.setgroups([user.gid])
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as error:
+        reason = f"this process cannot become the user {user.name}: {error.strerror}"
+        raise OSError(error.errno, reason) from error
     try:
         os.setuid(0)
     except OSError:

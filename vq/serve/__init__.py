@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words += "  MODULE:CLASS        a device model of your own"
     parser.epilog = f"devices:\n{words}\n\n`vq serve DEVICE --help` has the options of one."
     parser.add_argument("device", metavar="DEVICE", help="what to serve, one of those below")
-    parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="its options")
+    options = parser.add_argument(
+        "options", metavar="...", nargs=argparse.REMAINDER, help="its options"
+    )
+    options.required = False  # to be missed; Python 3.11 has it so
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,6 +88,7 @@ class _Service:
         self._args = args
         self._words = words
         self._strays = confinement.open_descriptors() - {args.fd}
+        self._has_input = confinement.has_input() and args.fd != 0
         self._loop = Loop()
         stack.callback(self._loop.close)
         # Before there is anything to leave behind, and until nothing of it is left.
@@ -139,6 +143,8 @@ class _Service:
     def _work(self, worker: Worker) -> int:
         """What the worker does from its beginning to its end."""
         confinement.close_strays(self._strays)
+        if self._has_input:
+            confinement.read_nothing()
         with ExitStack() as stack:
             loop = Loop()
             stack.callback(loop.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from vq.loop import Loop
 from vq.serve.kind import Kind
 
 __all__ = ["BlkKind"]
+
+log = logging.getLogger(__name__)
 
 
 class BlkKind(Kind):
@@ -76,6 +79,13 @@ class BlkKind(Kind):
             block_size=args.block_size,
         )
         stack.callback(image.close)
+        log.info(
+            "%s: %d bytes in blocks of %d, %s",
+            image.path,
+            image.size,
+            image.block_size,
+            "not to be written to" if image.read_only else "to be read and written",
+        )
         device = BlockDevice(
             image, queues=args.queues, queue_size=args.queue_size, serial=args.serial
         )

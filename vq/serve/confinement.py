@@ -12,7 +12,16 @@ from vq import options, sandbox
 from vq.errors import UsageError
 from vq.privsep import SeparatedTap
 
-__all__ = ["add_arguments", "check", "close_strays", "confine", "open_descriptors", "user_of"]
+__all__ = [
+    "add_arguments",
+    "check",
+    "close_strays",
+    "confine",
+    "has_input",
+    "open_descriptors",
+    "read_nothing",
+    "user_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +116,19 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def has_input() -> bool:
+    """Whether standard input is open; to be asked before anything else could get its number."""
+    return _is_open(0)
+
+
+def read_nothing() -> None:
+    """Puts an empty file in the place of standard input: a worker is not to read what is typed at
+    the terminal of whoever started it."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def close_strays(fds: Collection[int]) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import ClassVar
 
 from vq.device import Device
-from vq.errors import UsageError, in_words
+from vq.errors import UsageError, VqError, in_words
 from vq.serve.kind import Kind
 from vq.system_calls import THREAD_CALLS
 
 __all__ = ["CustomKind"]
+
+log = logging.getLogger(__name__)
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 SYSTEM_CALLS = (
     *THREAD_CALLS,
@@ -49,20 +56,22 @@ class CustomKind(Kind):
         if module_name.endswith(".py") or "/" in module_name:
             hint = os.path.splitext(os.path.basename(module_name))[0]
             raise UsageError(f"{word}: name the module and not its file, as in {hint}:{name}")
+        if not module_name:
+            raise UsageError(f"{word}: no module is named before the colon")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
             self._make = getattr(importlib.import_module(module_name), name)
         except (ImportError, ValueError) as error:
             raise UsageError(f"{module_name} cannot be imported: {error}") from error
-        except AttributeError as error:
-            if module_name not in sys.modules:  # its own code has raised that
-                raise UsageError(f"{module_name} cannot be imported: {in_words(error)}") from error
-            raise UsageError(f"{module_name} has no {name or 'name behind the colon'}") from None
         except SyntaxError as error:
             raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
         except Exception as error:
-            raise UsageError(f"{module_name} cannot be imported: {in_words(error)}") from error
+            if isinstance(error, AttributeError) and module_name in sys.modules:
+                missing = name or "name behind the colon"
+                raise UsageError(f"{module_name} has no {missing}") from None
+            why = _explained(error)
+            raise UsageError(f"{module_name} cannot be imported: {why}") from error
         if not callable(self._make):
             raise UsageError(f"{word} is no class or function")
         self._word = word
@@ -83,14 +92,33 @@ class CustomKind(Kind):
         arguments = dict(_name_and_text(item) for item in args.arguments)
         try:
             device = self._make(**arguments)
-        except TypeError as error:
-            raise UsageError(f"{self._word}: {error}") from error
+        except (VqError, OSError):
+            raise
+        except Exception as error:
+            log.debug("%s", self._word, exc_info=error)
+            raise UsageError(f"{self._word}: {_explained(error)}") from error
         if not isinstance(device, Device):
             raise UsageError(f"{self._word} does not make a vq device")
         stack.callback(device.close)
         for name in _LATE_IMPORTS:
             importlib.import_module(name)
         return [device]
+
+
+def _explained(error: Exception) -> str:
+    """The error, with the line of the author's own code that it comes from, if it is one's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _is_ours_or_pythons(frame.filename):
+            name = os.path.basename(frame.filename)
+            return f"{name}, line {frame.lineno}: {in_words(error)}"
+    return str(error) if isinstance(error, TypeError) else in_words(error)  # of the call itself
+
+
+def _is_ours_or_pythons(path: str) -> bool:
+    places = sysconfig.get_paths()
+    if path.startswith(("<", _PACKAGE)):
+        return True
+    return path.startswith(places["stdlib"]) and not path.startswith(places["purelib"])
 
 
 def _name_and_text(item: str) -> tuple[str, str]:

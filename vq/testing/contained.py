@@ -63,7 +63,7 @@ class ContainedProcess:
         check_contained()
         source = os.devnull if input is None else f"/proc/self/fd/{input}"
         inherited = [*pass_fds, *([] if input is None else [input])]
-        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        user = [] if os.geteuid() == 0 else ["--user", "--map-current-user"]
         with open(output or os.devnull, "ab") as sink:
             self._process = subprocess.Popen(
                 [

@@ -140,7 +140,7 @@ def check_contained() -> None:
     """Raises `MissingRequirement` unless a process can have a PID namespace of its own."""
     find_program("unshare", package="util-linux")
     find_program("timeout", package="coreutils")
-    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    user = () if os.geteuid() == 0 else ("--user", "--map-current-user")
     reason = _trial("a PID namespace", "unshare", *user, "--pid", "--fork", "true")
     if reason is not None:
         raise MissingRequirement(reason)
