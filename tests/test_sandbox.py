@@ -187,7 +187,11 @@ NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
 }
 
 
-CLONE = system_calls.number_of("clone", platform.machine())  # from a file, of which none is left
+CLONE = (  # from a file, of which none is left later
+    system_calls.number_of("clone", platform.machine())
+    if platform.machine() in system_calls.ARCHITECTURES
+    else None
+)
 
 
 def clone(flags: int) -> int:
