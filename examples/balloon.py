@@ -19,7 +19,6 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from typing import ClassVar
 
 from vq import AddressError, DeviceModel, DriverError, Request
 from vq.abi import DeviceId
@@ -62,7 +61,6 @@ class Balloon(DeviceModel):
     feature_bits = Feature
     config_writable = ("actual",)
     host_methods = ("set_target",)  # a recorded session has it, and a replay does it again
-    from_outside: ClassVar = ("statistics",)  # when they are asked for is the host's time
 
     def __init__(self, control: str | None = None) -> None:
         super().__init__(

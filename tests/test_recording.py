@@ -639,7 +639,7 @@ def test_the_file_in_golden_bytes(tmp_path: Path) -> None:
     with RecordingWriter(path, HEADER) as writer:
         writer.write(Kind.CONFIG_WRITE, [2], [b"ab"])
     data = path.read_bytes()
-    assert data[:8] == b"VQREC\1\0\0"
+    assert data[:8] == b"VQREC\2\0\0"
     length = int.from_bytes(data[8:12], "little")
     header = json.loads(data[12 : 12 + length])
     assert header["device"] == "m:D" and header["queues"] == [["requests", 64]]
@@ -658,7 +658,8 @@ def test_the_file_in_golden_bytes(tmp_path: Path) -> None:
     [
         (b"", "is no recording"),
         (b"\x7fELF and more", "is no recording"),
-        (b"VQREC\2\0\0....", "another version"),
+        (b"VQREC\0\0\0....", "another version"),
+        (b"VQREC\3\0\0....", "another version"),
         (b"VQREC\1\0\0\2\0\0\0{}", "header cannot be read"),
         (b"VQREC\1\0\0\xff\xff\xff\xff{", "header cannot be read"),
     ],

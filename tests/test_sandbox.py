@@ -179,7 +179,7 @@ def with_queue_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 CLONE_NEWUSER, CLONE_VM, PR_SET_NAME = 0x10000000, 0x100, 15
 NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
     **{name: FORBIDDEN[name] for name in ("start a program", "make a socket", "start a thread")},
-    "send another signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "send a signal": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "make a namespace": lambda: clone(CLONE_NEWUSER | signal.SIGCHLD),
     "share memory with a process": lambda: clone(CLONE_VM | signal.SIGCHLD),
     "outlive its parent": lambda: Libc().call("prctl", linux.PR_SET_PDEATHSIG, 0, 0, 0, 0),
@@ -188,10 +188,16 @@ NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
 }
 
 
+CLONE = (  # from a file, of which none is left later
+    system_calls.number_of("clone", platform.machine())
+    if platform.machine() in system_calls.ARCHITECTURES
+    else None
+)
+
+
 def clone(flags: int) -> int:
-    number = system_calls.number_of("clone", platform.machine())
-    assert number is not None
-    return Libc().system_call(number, flags, 0, 0, 0, 0)
+    assert CLONE is not None
+    return Libc().system_call(CLONE, flags, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("name", NOT_EVEN_THEN)
@@ -441,7 +447,7 @@ def test_a_list_with_an_unknown_call_is_wrong_use_and_no_reason_for_no_filter(
     need_linux()
     monkeypatch.setattr(vq, "SYSTEM_CALLS", ("opennat",), raising=False)
     library = Stub(("syscall",), unshare=0, syscall=0, prctl=0, capset=0)
-    with pytest.raises(UsageError, match="the system call opennat has no number here"):
+    with pytest.raises(UsageError, match=r"opennat has no number here .*; there is openat"):
         linux.confine(Policy(), libc=Libc(library))
 
 

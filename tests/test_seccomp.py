@@ -69,7 +69,7 @@ class Machine:
 def run(
     program: bytes, number: int, *arguments: int, machine: str = "x86_64", audit: int | None = None
 ) -> int:
-    audit = ARCHITECTURES[machine].audit if audit is None else audit
+    audit = ARCHITECTURES[machine] if audit is None else audit
     return Machine(program).run(number, arguments, audit)
 
 
@@ -133,9 +133,9 @@ def test_a_value_that_just_holds_is_told_from_one_that_does_not(
 @pytest.mark.parametrize("machine", MACHINES)
 def test_calls_by_another_processors_table_kill(machine: str) -> None:
     program = compile_filter(machine, [Call(3)])
-    for other in {0, 0x40000003, *(architecture.audit for architecture in ARCHITECTURES.values())}:
+    for other in {0, 0x40000003, *ARCHITECTURES.values()}:
         answer = run(program, 3, audit=other)
-        ours = other == ARCHITECTURES[machine].audit
+        ours = other == ARCHITECTURES[machine]
         assert answer == (SECCOMP_RET_ALLOW if ours else SECCOMP_RET_KILL_PROCESS)
 
 
@@ -184,11 +184,16 @@ def test_the_numbers_are_those_of_libseccomp(machine: str) -> None:
         unmet("needs libseccomp (package libseccomp2)")
     resolve = library.seccomp_syscall_resolve_name_arch
     resolve.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
-    audit = ARCHITECTURES[machine].audit
+    audit = ARCHITECTURES[machine]
+    known = 0
     for name in system_calls.names():
         theirs = resolve(audit, name.encode())
-        # Numbers below 0 stand for calls that the processor does not have.
+        if theirs == -1:
+            continue  # newer than the library
+        known += 1
+        # Other numbers below 0 stand for calls that the processor does not have.
         assert number_of(name, machine) == (theirs if theirs >= 0 else None), name
+    assert known > 350
 
 
 # --- in the kernel -------------------------------------------------------------------------------

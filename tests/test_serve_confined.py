@@ -305,11 +305,14 @@ def test_the_number_of_standard_input_may_be_anothers(
 
 
 MODEL = """
+import ctypes
 import fcntl
 import os
 from vq import Device
 from vq.abi import DeviceId
 from vq.device import RING_FEATURES
+
+LIBC = ctypes.CDLL(None)
 
 class Source(Device):
     device_id = DeviceId.ENTROPY
@@ -322,6 +325,8 @@ class Source(Device):
         for chain in chains:
             if self.does == "ask":
                 os.uname()
+            elif self.does == "time":
+                os.close(LIBC.timerfd_create(1, 0))  # one that vq itself does not make
             elif self.does == "control":
                 fcntl.ioctl(self.source, 0x80045200, bytes(4))  # RNDGETENTCNT
             elif self.does == "look":
@@ -337,13 +342,13 @@ class Source(Device):
 
 
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("does", ["read", "look", "ask", "control"])
+@pytest.mark.parametrize("does", ["read", "look", "ask", "time", "control"])
 def test_a_model_of_ones_own_does_what_it_lists(does: str, listed: bool, tmp_path: Path) -> None:
     """What is open may be used; files are not found; another call, or request, has to be listed."""
     need_linux()
     model = MODEL
     if listed:
-        model += 'SYSTEM_CALLS = ("uname",)\nIOCTLS = (0x80045200,)\n'
+        model += 'SYSTEM_CALLS = ("uname", "timerfd_create")\nIOCTLS = (0x80045200,)\n'
     (tmp_path / "model.py").write_text(model)
     path = tmp_path / "s"
     argv = [sys.executable, "-m", "vq", "serve", "model:Source", f"--socket={path}"]
@@ -361,7 +366,7 @@ def test_a_model_of_ones_own_does_what_it_lists(does: str, listed: bool, tmp_pat
                 queue = guest.queues[0]
                 queue.add((), [(guest.allocator.allocate(32), 32)])
                 guest.kick(0)
-                killed = does in ("ask", "control") and not listed
+                killed = does in ("ask", "time", "control") and not listed
                 eventually(lambda: bool(process.poll() if killed else queue.collect()), "an answer")
                 frontend.close()
         finally:

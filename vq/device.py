@@ -138,9 +138,15 @@ class Alarm:
     The device says when through `set`; whoever runs the loop looks at `deadline` (in seconds of
     time.monotonic(), None for never), sets `on_change` to hear of another one, and calls `ring`
     when the time has come.
+
+    An alarm is the device's own, or one of the `outside`: it looks what the host does meanwhile (a
+    peer that comes, a link that is back). A session that is recorded has the ringing of the former,
+    and a replay rings them where the recording has it; the latter ring by the clock in a replay,
+    too.
     """
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, callback: Callable[[], None], *, outside: bool = False) -> None:
+        self.outside = outside
         self.deadline: float | None = None
         self.on_change: Callable[[Alarm], None] | None = None
         self._callback = callback
@@ -179,7 +185,7 @@ class Device(ABC):
     from_outside: ClassVar[Collection[str]] = ()
     """Names of queues whose answers come from outside, as what arrives at a console does.
 
-    They may have * and ?. A session that was recorded can only be replayed up to what comes there.
+    They may have * and ?. Where a recorded session is replayed they are not compared.
     """
     host_methods: ClassVar[Collection[str]] = ()
     """Methods by which the host does something to the device that no driver can do.

@@ -198,12 +198,13 @@ class DeviceModel(Device):
         watch.want(reading=False, writing=False)
         self.watches.remove(watch)
 
-    def alarm(self, callback: Callable[[], None]) -> Alarm:
+    def alarm(self, callback: Callable[[], None], *, outside: bool = False) -> Alarm:
         """Has the event loop call back at a point in time, once `Alarm.set` says when.
 
-        The callback is treated as handlers are.
+        The callback is treated as handlers are. `outside` is for alarms that look what the host
+        does, and cannot be replayed; see `Alarm`.
         """
-        alarm = Alarm(lambda: self._in_turn(callback))
+        alarm = Alarm(lambda: self._in_turn(callback), outside=outside)
         self.alarms.append(alarm)
         if self.on_watches_change is not None:
             self.on_watches_change()

@@ -143,7 +143,7 @@ class NetDevice(Device):
 
     device_id = DeviceId.NET
     feature_bits = NetFeature
-    host_methods = ("set_link_up", "set_mtu", "send_rarp")
+    host_methods = ("set_link_up", "set_mtu", "send_rarp", "load_state")
     feature_needs: ClassVar[Mapping[int, int]] = {  # virtio 1.3, 5.1.3.1
         NetFeature.GUEST_TSO4: _GUEST_CSUM,
         NetFeature.GUEST_TSO6: _GUEST_CSUM,
@@ -227,7 +227,7 @@ class NetDevice(Device):
             self._watch_port(index, port) for index, port in enumerate(link.ports)
         ]
         self.watches = [watch for watch in self._port_watches if watch is not None]
-        self._recovery = Alarm(self._recover)
+        self._recovery = Alarm(self._recover, outside=True)
         self._complaint = ""  # why it could not be used again, as it was logged last
         self.alarms.append(self._recovery)
         link.on_change = self._link_changed

@@ -383,11 +383,11 @@ def _check_free(device: Device) -> None:
         raise UsageError(f"this {type(device).__name__} is served already: make another one")
 
 
-def watch_device(device: Device, loop: Loop) -> None:
+def watch_device(device: Device, loop: Loop, *, own_alarms: bool = True) -> None:
     """Lets the loop watch a device's own descriptors (a tap, say) as the device asks for it.
 
-    Alarms that the device sets are rung. Raises `UsageError` when a loop does so already: a device
-    is one thread's.
+    Alarms that the device sets are rung; without `own_alarms` only those that look outside. Raises
+    `UsageError` when a loop does so already: a device is one thread's.
     """
     _check_free(device)
 
@@ -413,7 +413,7 @@ def watch_device(device: Device, loop: Loop) -> None:
             watch.on_change = apply
             apply(watch)
         for alarm in device.alarms:
-            if alarm.on_change is None:
+            if alarm.on_change is None and (own_alarms or alarm.outside):
                 alarm.on_change = arm
                 arm(alarm)
 

@@ -42,7 +42,7 @@ def _recording(source: Input) -> bytes:
     if source.chance(8):
         described = b"[" * source.pick((1, 50_000))
     claimed = source.pick((len(described), len(described), len(described) - 1, 0xFFFFFFFF))
-    version = source.pick((b"\1\0\0", b"\1\0\0", b"\2\0\0"))
+    version = source.pick((b"\1\0\0", b"\2\0\0", b"\3\0\0"))
     content = b"VQREC" + version + struct.pack("<I", claimed) + described
     events = b""
     while source.more:

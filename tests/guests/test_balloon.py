@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vq.errors import CaptureError
-from vq.recording import Recorder
+from vq.recording import Kind, Recorder, RecordingReader
 from vq.testing.guest import Guest, UmlGuest
 from vq.testing.hostile import hostile_driver_battery
 from vq.testing.requirements import or_skip
@@ -122,6 +122,32 @@ def test_linux_lends_its_memory_and_the_host_frees_it(vq_guest: Callable[..., Se
     assert guest.output("dd if=/dev/zero of=/tmp/big bs=1M count=48 2>&1 && echo fine")
 
 
+def test_a_session_of_linux_is_replayed_with_its_timer(
+    tmp_path: Path, vq_guest: Callable[..., ServedGuest], vq_replay: Callable[..., None]
+) -> None:
+    path = tmp_path / "balloon.vqrec"
+    device = balloon.Balloon()
+    with Recorder(device, path) as recorder:
+        guest = vq_guest(device)
+        wait_until(lambda: device.memory_statistics.get(FREE_MEMORY, 0) > 0, "statistics")
+        guest.call(lambda: device.set_target(4))
+        wait_until(lambda: device.config.actual == PAGES // 8, "the guest has lent 4 MiB")
+        for _ in range(2):
+            device.memory_statistics = {}
+            wait_until(lambda: device.memory_statistics, "statistics once more")
+        guest.call(recorder.close)
+    rings = [event for event in RecordingReader(path) if event.kind is Kind.ALARM]
+    assert len(rings) >= 2
+    vq_replay(path, balloon.Balloon())
+
+    class Incurious(balloon.Balloon):  # type: ignore[misc, name-defined]
+        def _ask_for_statistics(self) -> None:
+            """Keeps the buffer for good."""
+
+    with pytest.raises(AssertionError, match=r"statistics: the chain at .* is not given back"):
+        vq_replay(path, Incurious())
+
+
 def free_memory(guest: Guest) -> int:
     """In KiB."""
     return int(guest.output("awk '/MemFree/ {print $2}' /proc/meminfo"))
@@ -133,11 +159,16 @@ def host_blocks(device: Any) -> int:
 
 
 def test_it_is_served_confined_and_told_its_target_by_a_fifo(
-    vq_serve: Callable[..., ServeProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vq_serve: Callable[..., ServeProcess],
+    vq_replay: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(EXAMPLES)
     control = tmp_path / "control"
-    served = vq_serve("balloon:Balloon", "--with", f"control={control}")
+    recording = tmp_path / "balloon.vqrec"
+    options = ("--with", f"control={control}", "--record", str(recording))
+    served = vq_serve("balloon:Balloon", *options)
     assert stat.S_ISFIFO(control.stat().st_mode)
     with or_skip(), UmlGuest([(served.sockets[0], 5)]) as guest:
         before = free_memory(guest)
@@ -148,7 +179,14 @@ def test_it_is_served_confined_and_told_its_target_by_a_fifo(
         wait_until(lambda: before - free_memory(guest) < 2 << 10, "all back")
         assert guest.complaints() == []
     assert "ERROR" not in served.log() and "WARNING" not in served.log()
+    done = [(b"set_target", b"[16]"), (b"set_target", b"[0]")]
+    wait_until(lambda: host_did(recording) == done, "all of it in the file")
     served.close()
+    vq_replay(recording, balloon.Balloon())
+
+
+def host_did(recording: Path) -> list[tuple[bytes, ...]]:
+    return [event.strings for event in RecordingReader(recording) if event.kind is Kind.HOST]
 
 
 def test_a_fifo_that_is_there_is_left_alone(tmp_path: Path) -> None:

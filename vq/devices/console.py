@@ -105,7 +105,7 @@ class ConsoleDevice(DeviceModel):
         self._size_told = False
         self._by_queue = {index: port for port in self._ports for index in (port.rx, port.tx)}
         for port in self._ports:
-            port.again = self.alarm(functools.partial(self._go_on, port))
+            port.again = self.alarm(functools.partial(self._go_on, port), outside=True)
             port.end.start(
                 self,
                 readable=functools.partial(self._to_guest, port),

@@ -183,7 +183,7 @@ class UnixEnd(_StreamEnd):
         self._model = model
         self._accepting = model.watch(self._listener.socket.fileno(), readable=self._accept)
         self._accepting.want(reading=True)
-        self._look = model.alarm(self._look_for_peer)
+        self._look = model.alarm(self._look_for_peer, outside=True)
 
     def _accept(self) -> None:
         try:
@@ -294,7 +294,7 @@ class PtyEnd(_StreamEnd):
 
     def _begin(self, model: DeviceModel) -> None:
         self._watch = model.watch(self._fd, readable=self._readable, writable=self._writable)
-        self._look = model.alarm(self._look_around)
+        self._look = model.alarm(self._look_around, outside=True)
         self._look_around()
 
     def _look_around(self) -> None:
@@ -358,7 +358,7 @@ class FileEnd(HostEnd):
             raise UsageError(f"{path} is not a file that can be written to")
 
     def _begin(self, model: DeviceModel) -> None:
-        self._retry = model.alarm(self._try_again)
+        self._retry = model.alarm(self._try_again, outside=True)
         self._try_again()
 
     def _try_again(self) -> None:

@@ -99,6 +99,7 @@ class VsockDevice(DeviceModel):
     device_id = DeviceId.VSOCK
     feature_bits = VsockFeature
     from_outside: ClassVar[Collection[str]] = ("rx", "event")
+    host_methods: ClassVar[Collection[str]] = ("transport_reset",)
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class VsockDevice(DeviceModel):
         self._stopped_at: dict[int, int] = {}  # where rings were that may go on
         self._event_due = False
         self._deadlines: dict[_Flow | _Greeting | None, float] = {}
-        self._clock = self.alarm(self._tick)
+        self._clock = self.alarm(self._tick, outside=True)
         self._listener = Listener(path, backlog=128)
         self._accepting = self.watch(self._listener.socket.fileno(), readable=self._accept)
         self._accepting.want(reading=True)

@@ -17,6 +17,8 @@ An event is
 bytes                 the strings, one after another
 ====================  ==========================================================================
 
+Recordings of version 1 have no `Kind.ALARM`, nor what follows it among the causes.
+
 `Kind` says what the numbers and strings of each event are. A sample of bytes that are only compared
 is all of up to 256; of more, four bytes of CRC-32 and the first 64. Writing is done by
 a thread; the one that records only puts events into its hands.
@@ -49,8 +51,8 @@ __all__ = ["Event", "Header", "Kind", "RecordingReader", "RecordingWriter"]
 SYSTEM_CALLS = THREAD_CALLS
 
 MAGIC = b"VQREC"
-VERSION = 1
-_MAGIC = MAGIC + VERSION.to_bytes(3, "little")
+VERSION = 2
+_START = MAGIC + VERSION.to_bytes(3, "little")
 _LENGTH = struct.Struct("<I")
 _EVENT = struct.Struct("<BIII")
 _MOST_IN_EVENT = 1 << 28
@@ -111,6 +113,12 @@ class Kind(enum.IntEnum):
     """Who runs the device comes back for work that is left after a turn [or does not, 0]."""
     DISABLED_SETUP = 16
     """A queue is set up, but disabled [as `QUEUE_SETUP`]."""
+    ALARM = 17
+    """An alarm of the device's own rings [its place among those]."""
+    OUTSIDE = 18
+    """The host does to the device what a recording does not have []. What it led to follows."""
+    QUEUE_DROP = 19
+    """The transport takes a queue away for good [index]."""
 
     CHAINS = 20
     """What the device finds available [queue, avail.idx, position of the first, whether they are in
@@ -126,6 +134,8 @@ class Kind(enum.IntEnum):
     """The link took fewer frames than it was given at last [port]."""
     LINK_IS = 24
     """The link's state [accepts, delivers, whether it is up, its MTU or 0]."""
+    LINK_BROKE = 25
+    """A link's port fails [port, errno, 0 as frames are written or 1 as they are read]."""
 
     USED = 40
     """Chains go back to the driver [queue, head and length of each; a sample of the bytes of
@@ -142,6 +152,8 @@ class Kind(enum.IntEnum):
     ANSWER = 45
     """What the driver reads after it wrote the status; where a queue that was stopped will go on
     [the number]."""
+    LATER = 46
+    """What follows was completed by a thread, or otherwise outside of the device's callbacks []."""
 
     END = 63
     """The last event [whether it is for want of room]."""
@@ -150,6 +162,11 @@ class Kind(enum.IntEnum):
     def is_cause(self) -> bool:
         """Whether the device does something because of it."""
         return self < 20
+
+    @property
+    def has_cause(self) -> bool:
+        """Whether it is found or done while the device is at work."""
+        return 20 <= self < Kind.ANSWER
 
 
 class Event(NamedTuple):
@@ -228,6 +245,8 @@ class RecordingWriter:
         self.ended: str | None = None
         self.causes = 0
         """How many there were so far."""
+        self.owed: Kind | None = None
+        """The event, without numbers, that is to stand in front of the next that `has_cause`."""
         self._limit = limit
         self._written = 0
         self._stored = 0  # by the thread: each of the two counts for itself
@@ -239,13 +258,16 @@ class RecordingWriter:
         _check_place(path)
         self._file = create(path, mode=0o600, buffering=-1)
         described = header.encode()
-        self._file.write(_MAGIC + _LENGTH.pack(len(described)) + described)
+        self._file.write(_START + _LENGTH.pack(len(described)) + described)
         self._file.flush()
         # It is started by the first event: who records may confine itself before there is one.
         self._thread: threading.Thread | None = None
 
     def write(self, kind: Kind, numbers: Sequence[int], strings: Sequence[bytes] = ()) -> None:
         """Takes an event. Nothing is raised: what goes wrong with the file is in `ended`."""
+        if self.owed is not None and kind.has_cause:
+            owed, self.owed = self.owed, None
+            self.write(owed, ())
         if self.ended is not None:
             return
         now = time.monotonic()
@@ -325,23 +347,27 @@ class RecordingWriter:
 class RecordingReader:
     """Reads a recording: its `header` at once, its events one by one when it is iterated over.
 
-    `complete` is whether the end was found: a recording that ends early is that of a process that
-    was killed, and good up to there. Raises `CaptureError` for a file that is no recording or that
-    is damaged, `OSError` when it cannot be read.
+    `version` is that of its format. `complete` is whether the end was found: a recording that ends
+    early is that of a process that was killed, and good up to there. Raises `CaptureError` for a
+    file that is no recording or that is damaged, `OSError` when it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.complete = False
         with open(path, "rb") as file:
+            self.version = self._read_version(file)
             self.header, self._start = self._read_header(file)
 
-    def _read_header(self, file: BinaryIO) -> tuple[Header, int]:
-        magic = file.read(len(_MAGIC))
-        if magic[: len(MAGIC)] != MAGIC:
+    def _read_version(self, file: BinaryIO) -> int:
+        if file.read(len(MAGIC)) != MAGIC:
             raise CaptureError(f"{self.path} is no recording of a device")
-        if magic != _MAGIC:
+        version = int.from_bytes(file.read(3), "little")
+        if not 1 <= version <= VERSION:
             raise CaptureError(f"{self.path} is a recording of another version of vq")
+        return version
+
+    def _read_header(self, file: BinaryIO) -> tuple[Header, int]:
         length = file.read(_LENGTH.size)
         size = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
         if size > _MOST_IN_HEADER:

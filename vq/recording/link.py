@@ -7,6 +7,8 @@ frames that came, when they came, and keeps what the device sends.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +71,11 @@ class Listener:
     ) -> int:
         """`Port.write_burst`, listened to. What is sent is looked at before the link has it."""
         sent = [SentFrame.of(frame) for frame in frames]
-        count = write(frames)
+        try:
+            count = write(frames)
+        except OSError as error:
+            self._broke(port, error, reading=False)
+            raise
         sent = sent[:count]
         self._writer.write(
             Kind.LINK_OUTPUT,
@@ -85,12 +91,21 @@ class Listener:
     ) -> int:
         """`Port.read_burst`, listened to."""
         listening = _ListeningRoom(room)
+        broke: OSError | None = None
         try:
             return read(listening, limit)
+        except OSError as error:
+            broke = error
+            raise
         finally:
             if listening.frames:
                 self.look()
                 self._writer.write(Kind.LINK_INPUT, [port], listening.frames)
+            if broke is not None:
+                self._broke(port, broke, reading=True)
+
+    def _broke(self, port: int, error: OSError, *, reading: bool) -> None:
+        self._writer.write(Kind.LINK_BROKE, (port, error.errno or errno.EIO, int(reading)))
 
     def ask(self, what: int, ask: Callable[[Any], None], value: Any) -> None:
         """`Link.request_offloads` (0) and `Link.activate_ports` (1), listened to."""
@@ -126,22 +141,28 @@ class RecordedPort(Port):
 
     def __init__(self) -> None:
         super().__init__()
-        self.incoming: deque[tuple[bytes, bytes]] = deque()
-        """Net header and frame."""
+        self.incoming: deque[tuple[bytes, bytes] | int] = deque()
+        """Net header and frame; or the number of an error."""
         self.sent: list[SentFrame] = []
-        self.budgets: deque[int] = deque()
-        """How many frames the port takes until it is full for once, and how many then, and so on;
-        without one it takes all."""
+        self.budgets: deque[tuple[int, int]] = deque()
+        """How many frames the port takes until it is full for once, or fails with the error of that
+        number, which is not 0; how many then, and so on. Without one it takes all."""
 
     def write_burst(self, frames: Sequence[Frame]) -> int:
         """See `Port.write_burst`."""
         taken = frames
+        error = 0
         if self.budgets:
-            taken = frames[: self.budgets[0]]
-            self.budgets[0] -= len(taken)
+            room, error = self.budgets[0]
+            taken = frames[:room]
             if len(taken) < len(frames):
                 self.budgets.popleft()
+            else:
+                self.budgets[0] = room - len(taken), error
+                error = 0
         self.sent += map(SentFrame.of, taken)
+        if error:
+            raise OSError(error, os.strerror(error))
         if self.incoming and self.on_readable is not None:
             self.on_readable()  # a link in one process says so at once
         return len(taken)
@@ -150,10 +171,15 @@ class RecordedPort(Port):
         """See `Port.read_burst`."""
         moved = 0
         while moved < limit and self.incoming:
+            first = self.incoming[0]
+            if isinstance(first, int):
+                self.incoming.popleft()
+                raise OSError(first, os.strerror(first))
             views = room.views()
             if not views:
                 break
-            header, data = self.incoming.popleft()
+            self.incoming.popleft()
+            header, data = first
             scatter((data,), views)
             room.commit(header, len(data))
             moved += 1

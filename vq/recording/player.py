@@ -5,6 +5,9 @@ cause by cause, and compares what the device does: which chains it gives back an
 them, whether it calls, what it sends to the link, its status and its configuration space. Chains
 are compared one by one: in what bursts they are taken, and in which of two orders they come back,
 is the device's own business. A chain may come back earlier than it did, never later.
+
+No clock runs: the device's own alarms ring where the recording has it. What a recording does not
+have (`Kind.OUTSIDE`), the device cannot do; where that shows, the replay ends and says so.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import json
 import os
 import struct
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -33,7 +37,9 @@ __all__ = ["Difference", "Replay", "replay"]
 
 _MOST_MEMORY = 1 << 46
 _PATIENCE = 2.0
+"""Seconds that a device's threads, and what comes to it from outside, get for their work."""
 _HEADER = 12
+_MOST_ERRNO = 4095
 
 
 class Difference(NamedTuple):
@@ -285,7 +291,10 @@ class _Player:
         self._work_left: set[int] = set()
         self._answer: int | None = None
         self._found: list[str] = []
-        watch_device(device, self._loop)
+        self._note = ""  # what may be why, where something is different
+        self._outside: int | None = None  # the last step that was the host's doing
+        self._waited_in_vain = False
+        watch_device(device, self._loop, own_alarms=session.reader.version < 2)
         device.ring_class = self._make_ring
         device.on_queue_call = lambda index: None
         device.on_config_change = self._config_changed
@@ -310,6 +319,8 @@ class _Player:
             if progress is not None:
                 progress(seconds)
             number = self._session.steps
+            if cause.kind is Kind.OUTSIDE:
+                self._outside = number
             try:
                 found = self._step(cause, rest)
             except CaptureError:
@@ -317,6 +328,8 @@ class _Player:
             except (IndexError, ValueError) as error:
                 raise CaptureError(f"the recording is damaged: {error}") from error
             differences += (Difference(number, seconds, what) for what in found)
+            if found and self._outside is not None:
+                return [*differences, Difference(number, seconds, self._not_recorded())]
             if len(differences) >= most:
                 return differences
         surplus = [what for queue in self._queues for what in queue.surplus()]
@@ -328,18 +341,22 @@ class _Player:
                 for index, port in enumerate(self._link.recorded)
                 if port.sent
             )
+        if surplus and self._outside is not None:
+            surplus.append(self._not_recorded())
         return differences + [Difference(self._session.steps, seconds, what) for what in surplus]
 
     # --- a step -----------------------------------------------------------------------------------
 
     def _step(self, cause: Event, rest: list[Event]) -> list[str]:
         self._found = []
+        self._note = ""
         self._told_of_change = 0
         self._answer = None
         expected_changes = 0
         expected_answer: int | None = None
         expected_sent: defaultdict[int, list[Event]] = defaultdict(list)
         expected_asked: list[tuple[int, int]] = []
+        later = False
         taken = Counter[int]()  # by each port, since it was last full
         for event in rest:
             numbers = event.numbers
@@ -367,7 +384,13 @@ class _Player:
                     expected_sent[numbers[0]].append(event)
                     taken[numbers[0]] += len(event.strings)
                 case Kind.LINK_FULL:
-                    self._port(numbers[0]).budgets.append(taken.pop(numbers[0], 0))
+                    self._port(numbers[0]).budgets.append((taken.pop(numbers[0], 0), 0))
+                case Kind.LINK_BROKE:
+                    index, error, reading = numbers[0], min(numbers[1], _MOST_ERRNO), numbers[2]
+                    if reading:
+                        self._port(index).incoming.append(error)
+                    else:
+                        self._port(index).budgets.append((taken.pop(index, 0), error))
                 case Kind.LINK_ASKED:
                     expected_asked.append((numbers[0], numbers[1]))
                 case Kind.LINK_IS:
@@ -375,11 +398,16 @@ class _Player:
                         self._link.set_state(*numbers[:4])
                 case Kind.ANSWER:
                     expected_answer = numbers[0]
+                case Kind.LATER:
+                    later = True
                 case _:
                     pass
         self._do(cause)
         self._settle()
+        if later or cause.kind is Kind.OUTSIDE:
+            self._wait(later)
         for queue in self._queues:
+            queue.wishes.clear()
             self._session.compared["chains"] += len(queue.expected)
             self._found += queue.differences()
         self._compare_answer(expected_answer)
@@ -390,6 +418,8 @@ class _Player:
                 else "the driver is not told of a change of the configuration, which it was"
             )
         self._compare_link(expected_sent, expected_asked)
+        if self._found and self._note:
+            self._found.append(self._note)
         return self._found
 
     def _do(self, cause: Event) -> None:
@@ -420,6 +450,12 @@ class _Player:
                 device.notify(numbers[0])
             case Kind.RESET:
                 device.reset()
+            case Kind.QUEUE_DROP:
+                device.drop_queue(self._queue(numbers[0]).index)
+            case Kind.ALARM:
+                self._ring(numbers[0])
+            case Kind.OUTSIDE:
+                pass
             case Kind.LINK_READABLE:
                 _call(self._port(numbers[0]).on_readable)
             case Kind.LINK_WRITABLE:
@@ -478,9 +514,23 @@ class _Player:
             kind = type(self._device).__name__
             raise CaptureError(f"the host did {method}, which is none of {kind}'s host_methods")
         values = json.loads(arguments)
-        getattr(self._device, method)(
-            *(bytes.fromhex(value) if isinstance(value, str) else value for value in values)
-        )
+        with contextlib.suppress(UsageError):  # that the host did what it may not do, it was told
+            getattr(self._device, method)(
+                *(bytes.fromhex(value) if isinstance(value, str) else value for value in values)
+            )
+
+    def _ring(self, place: int) -> None:
+        device = self._device
+        own = [alarm for alarm in device.alarms if not alarm.outside]
+        if place >= len(own):
+            raise CaptureError(
+                f"the recording is damaged, or of another model: alarm {place} rings, and"
+                f" {type(device).__name__} has {len(own)}"
+            )
+        if own[place].deadline is None:
+            self._note = f"alarm {place} rang then, and is not set now"
+        else:
+            own[place].ring()
 
     def _settle(self) -> None:
         """Lets the device come to rest: what it did not look for is shown to it, and threads and
@@ -500,8 +550,28 @@ class _Player:
         self._loop.run_once(0)
         if isinstance(self._device, DeviceModel):
             self._device.settle(_PATIENCE)
-        for queue in self._queues:
-            queue.wishes.clear()
+
+    def _wait(self, later: bool) -> None:
+        """Waits for chains that no cause in the recording gave back: threads of the model's own
+        complete them, and descriptors of its own that are there in a replay, too."""
+        deadline = time.monotonic() + _PATIENCE
+        while any(queue.compared and queue.missing() for queue in self._queues):
+            if self._waited_in_vain or time.monotonic() > deadline:
+                self._waited_in_vain = True  # once is enough
+                if later:
+                    self._note = (
+                        "a thread, or the host, completed it then, and does not now: a replay waits"
+                        f" {_PATIENCE:g} seconds for that"
+                    )
+                return
+            self._loop.run_once(0.01)
+
+    def _not_recorded(self) -> str:
+        return (
+            f"the replay ends here: step {self._outside}, which may be why, was the host's doing"
+            " (a descriptor that the device watches, a method that is not one of its host_methods),"
+            " and what the host did is not recorded"
+        )
 
     # --- what is compared -------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
 The recorder puts itself in front of the device's methods that a transport calls, has the device
 make rings that tell what they find (`vq.recording.ring`), and listens to the ports of the link that
 a network device is plugged into. The device itself knows nothing of it.
+
+What the device does while none of that is going on is the doing of a host in ways that are not
+recorded: that there was such a thing is (`Kind.OUTSIDE`), so that a replay can say so.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from vq.abi import Status
-from vq.device import Device, Watch
+from vq.device import Alarm, Device, Watch
 from vq.link import Link, Port
 from vq.memory import GuestMemory
+from vq.model import DeviceModel
 from vq.recording.format import Header, Kind, RecordingWriter
 from vq.recording.link import Listener, describe_link, state_of
 from vq.recording.ring import RecordingRing
@@ -74,6 +78,7 @@ class Recorder:
         self._depth = 0  # of causes: what the device does to itself is no cause
         self._queue = 0  # the one that is being set up
         self._wrapped: list[Watch] = []
+        self._alarms: list[Alarm] = []
         self._undo: list[Callable[[], None]] = []
         self._attach()
 
@@ -99,8 +104,10 @@ class Recorder:
             ("setup_queue", self._setup_queue),
             ("reset_queue", self._reset_queue),
             ("stop_queue", self._stop_queue),
+            ("drop_queue", self._drop_queue),
             ("notify", self._notify),
             ("reset", self._reset),
+            ("update_config", self._update_config),
         ):
             self._put_before(device, name, before)
         for name in device.host_methods:
@@ -112,6 +119,8 @@ class Recorder:
         self._undo.append(lambda: delattr(device, "ring_class"))
         if self._link is not None:
             self._listen(self._link)
+        self._listen_to_own()
+        self._writer.owed = Kind.OUTSIDE
 
     def _put_before(self, target: object, name: str, before: Callable[..., Any]) -> None:
         """Has `before` called with the method of that name, and its arguments, in its place."""
@@ -121,6 +130,7 @@ class Recorder:
     def _let_go(self) -> None:
         while self._undo:
             self._undo.pop()()
+        self._writer.owed = None
         for queue in self.device.queues:
             if isinstance(queue.ring, RecordingRing):
                 queue.ring.stop_recording()
@@ -143,10 +153,14 @@ class Recorder:
     def _inside(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the device; what that calls of the device is no cause of its own."""
         self._depth += 1
+        if self._depth == 1:
+            self._writer.owed = None
         try:
             return step(*args, **kwargs)
         finally:
             self._depth -= 1
+            if self._depth == 0 and self._undo:
+                self._writer.owed = Kind.OUTSIDE
 
     def _look_at_memory(self) -> None:
         memory = self.device.memory
@@ -208,6 +222,10 @@ class Recorder:
         self._answer(position)
         return position
 
+    def _drop_queue(self, drop: Callable[[int], None], index: int) -> None:
+        self._cause(Kind.QUEUE_DROP, [index])
+        self._inside(drop, index)
+
     def _notify(self, notify: Callable[[int], None], index: int) -> None:
         self._cause(Kind.KICK, [index])
         self._inside(notify, index)
@@ -221,12 +239,86 @@ class Recorder:
         args = inspect.signature(method).bind(*args, **named).args
         plain = [arg.hex() if isinstance(arg, bytes) else arg for arg in args]
         self._cause(Kind.HOST, [], [name.encode(), json.dumps(plain).encode()])
-        return self._inside(method, *args)
+        try:
+            return self._inside(method, *args)
+        finally:
+            if self._depth == 0 and self._undo:  # what it completed goes back a little later
+                self._writer.owed = Kind.LATER
+
+    def _update_config(self, update: Callable[..., None], **fields: object) -> None:
+        self._cause(Kind.OUTSIDE, ())
+        self._inside(update, **fields)
 
     def _config_changed(self, tell: Callable[[], None]) -> None:
         if self.device.status & Status.DRIVER_OK and self.device.on_config_change is not None:
             self._writer.write(Kind.CONFIG_CHANGED, [self.device.status])
         tell()
+
+    # --- the device's own alarms and descriptors ------------------------------------------------
+
+    def _listen_to_own(self) -> None:
+        device = self.device
+        for watch in device.watches:
+            if watch not in self._wrapped:
+                for name in ("readable", "writable"):
+                    callback = getattr(watch, name)
+                    setattr(watch, name, functools.partial(self._by_descriptor, callback))
+                    self._undo.append(functools.partial(setattr, watch, name, callback))
+        self._listen_to_alarms()
+        if isinstance(device, DeviceModel):
+            self._put_before(device, "watch", self._watch)
+            self._put_before(device, "alarm", self._alarm)
+            self._put_before(device, "flush", self._flush)
+
+    def _watch(
+        self,
+        watch: Callable[..., Watch],
+        fd: int,
+        **callbacks: Callable[[], None] | None,
+    ) -> Watch:
+        return watch(
+            fd,
+            **{
+                name: callback and functools.partial(self._by_descriptor, callback)
+                for name, callback in callbacks.items()
+            },
+        )
+
+    def _by_descriptor(self, callback: Callable[[], None]) -> None:
+        """What a descriptor says is not recorded, but that it said something is; nor is what the
+        host does then by a method that is named for that."""
+        if self._depth or not self._undo:
+            callback()
+            return
+        before = self._writer.causes
+        self._writer.owed = Kind.OUTSIDE
+        callback()
+        if self._writer.causes == before:  # it may have made a difference that shows later
+            self._writer.owed = None
+            self._cause(Kind.OUTSIDE, ())
+
+    def _alarm(self, alarm: Callable[..., Alarm], *args: Any, **options: Any) -> Alarm:
+        made = alarm(*args, **options)
+        self._listen_to_alarms()
+        return made
+
+    def _listen_to_alarms(self) -> None:
+        own = [alarm for alarm in self.device.alarms if not alarm.outside]
+        for place in range(len(self._alarms), len(own)):
+            self._put_before(own[place], "ring", functools.partial(self._ring, place))
+        self._alarms = own
+
+    def _ring(self, place: int, ring: Callable[[], None]) -> None:
+        self._cause(Kind.ALARM, [place])
+        self._inside(ring)
+
+    def _flush(self, flush: Callable[[], None]) -> None:
+        self._inside(self._flush_marked, flush)
+
+    def _flush_marked(self, flush: Callable[[], None]) -> None:
+        if self._depth == 1:
+            self._writer.owed = Kind.LATER
+        flush()
 
     # --- in front of the link -------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -75,8 +76,10 @@ def as_json(event: Event, header: Header) -> dict[str, Any]:
                     )
                 ],
             }
-        case Kind.KICK | Kind.CALL | Kind.QUEUE_RESET | Kind.QUEUE_STOP:
+        case Kind.KICK | Kind.CALL | Kind.QUEUE_RESET | Kind.QUEUE_STOP | Kind.QUEUE_DROP:
             fields["queue"] = _queue_name(header, numbers[0])
+        case Kind.ALARM:
+            fields["alarm"] = numbers[0]
         case Kind.FEATURES:
             fields["features"] = _features(header, numbers)
         case _:
@@ -142,6 +145,12 @@ class _Words:
             case Kind.HOST:
                 name, arguments = (text.decode(errors="replace") for text in event.strings)
                 return f"the host: {name}{arguments}"
+            case Kind.ALARM:
+                return f"alarm {numbers[0]} rings"
+            case Kind.OUTSIDE:
+                return "the host does something that is not recorded"
+            case Kind.QUEUE_DROP:
+                return f"takes {self._queue(numbers[0])} away"
         return event.kind.name.lower()
 
     def lines(self, event: Event) -> Iterator[str]:
@@ -158,6 +167,9 @@ class _Words:
                     yield f"port {numbers[0]} gives {len(data) - 12} bytes: {self._bytes(data)}"
             case Kind.LINK_FULL:
                 yield f"port {numbers[0]} is full"
+            case Kind.LINK_BROKE:
+                doing = "reading" if numbers[2] else "writing"
+                yield f"port {numbers[0]} fails in {doing}: {os.strerror(numbers[1] & 0xFFF)}"
             case Kind.LINK_IS:
                 yield f"the link delivers {_offloads(numbers[1])}, {'up' if numbers[2] else 'down'}"
             case Kind.USED:
@@ -179,6 +191,8 @@ class _Words:
                 yield f"the link is asked for {asked}"
             case Kind.ANSWER:
                 yield f"answer {numbers[0]:#x}"
+            case Kind.LATER:
+                yield "a thread, or the host, has completed"
 
     def _found(self, found: Found) -> Iterator[str]:
         queue = self._queue(found.queue)

@@ -34,7 +34,7 @@ from vq.sandbox.seccomp import (
     compile_filter,
 )
 from vq.sandbox.user import become
-from vq.system_calls import number_of
+from vq.system_calls import number_of, numbers_at_hand
 
 __all__ = [
     "confine",
@@ -111,8 +111,12 @@ def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
     Raises `OSError` when it cannot become the policy's user, and `UsageError` when a module lists a
     system call that has no number here; everything else that cannot be had is in the answer.
     """
-    libc = libc or Libc()
     machine = platform.machine()
+    with numbers_at_hand([*listed_calls(), *REFUSED, *UNKNOWN], machine):  # files are gone soon
+        return _confine(policy, libc or Libc(), machine)
+
+
+def _confine(policy: Policy, libc: Libc, machine: str) -> Confinement:
     result = Confinement()
     if policy.user is not None:
         result.take("namespaces", lambda: _leave_host(libc, machine))

@@ -105,7 +105,7 @@ def compile_filter(
         raise UsageError(f"the system calls of {machine} have no numbers here")
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE),
-        (_IF_EQUAL, 1, 0, ARCHITECTURES[machine].audit),
+        (_IF_EQUAL, 1, 0, ARCHITECTURES[machine]),
         (_RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS),
         (_LOAD, 0, 0, _NUMBER),
     ]
