@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from vq.abi import HdrFlag, HdrGso
-from vq.bench import loopback, profile, scaling, tap, traffic
+from vq.bench import loopback, pairs, profile, scaling, tap, traffic
 from vq.bench.contestants import C, Served, ServedTap, available, tap_namespace
 from vq.bench.profile import Sampler, stage_of
 from vq.bench.report import VQ, Bars, Curves, Description, Figure, Table, describe_figures, show
@@ -62,6 +62,18 @@ def test_a_tap_is_measured_both_ways(capsys: pytest.CaptureFixture[str]) -> None
     assert [row["figure"] for row in report["figures"]] == [f.name for f in tap.FIGURES]
     for row in report["figures"][::2]:  # in so short a time the device may have done nothing
         assert row["medians"][VQ] > 0 and row["medians"][C] > 0
+
+
+def test_two_pairs_are_measured_with_a_process_each_and_with_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    need_tap()
+    need_namespaces()
+    report = bench(capsys, "pairs", "--rounds", "1", "--seconds", "0.2")
+    assert report["contestants"] == [VQ, pairs.ONE_PROCESS, pairs.ONE_PAIR]
+    assert [row["figure"] for row in report["figures"]] == [f.name for f in pairs.FIGURES]
+    for contestant in report["contestants"]:
+        assert report["figures"][0]["medians"][contestant] > 1000
 
 
 def test_scaling_has_a_point_for_each_size(capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,3 +207,33 @@ def test_the_structures_have_the_sizes_of_the_headers() -> None:
     entry = io_uring._ENTRY.pack(22, 1, 0, 5, (1 << 64) - 1, 0x1000, 64, 8, 9)
     assert struct.unpack_from("<BBHi", entry) == (22, 1, 0, 5)
     assert struct.unpack_from("<QQIIQ", entry, 8) == ((1 << 64) - 1, 0x1000, 64, 8, 9)
+
+
+@pytest.mark.parametrize("moment", ["before the kernel has it", "before it is collected"])
+def test_a_process_that_shares_a_ring_and_dies_in_the_middle_leaves_nothing_behind(
+    pair: tuple[socket.socket, socket.socket], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: what it had not collected was taken for the results of the next requests, what it had
+    not started was started with them.
+    """
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    child = os.fork()
+    if child == 0:
+        dies = "_enter" if moment == "before the kernel has it" else "_collect"
+        monkeypatch.setattr(requests, dies, lambda *_: os._exit(0))
+        buffers = point(requests, 0, [b"its first", b"and second"])
+        requests.submit(0, len(buffers))
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    started = [b"its first", b"and second"] if moment == "before it is collected" else []
+    assert [far.recv(100) for _ in started] == started
+    requests.forget()
+    for turn in range(40):
+        texts = [b"%d" % turn, b"%d more" % turn, b"%d and more" % turn]
+        buffers = point(requests, 0, texts)
+        assert requests.submit(0, 3).tolist() == [len(text) for text in texts]
+        assert [far.recv(100) for _ in buffers] == texts
+    with pytest.raises(BlockingIOError):
+        far.recv(100)
+    requests.close()

@@ -13,7 +13,17 @@ import vq
 ROOT = Path(vq.__file__).parent
 
 LAYERS = (
-    ("errors", "abi", "abi_block", "abi_console", "abi_vsock", "files", "log_limit", "pace"),
+    (
+        "errors",
+        "abi",
+        "abi_block",
+        "abi_console",
+        "abi_vsock",
+        "files",
+        "log_limit",
+        "pace",
+        "exit_status",
+    ),
     (
         "memory",
         "packet",
@@ -32,9 +42,10 @@ LAYERS = (
     ("mmio", "pci_function"),
     ("pci",),
     ("net_receive", "net_transmit", "net_control", "guest_stack", "loop", "vhost_message", "model"),
-    ("sandbox",),
-    ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel"),
-    ("net", "tap", "vhost_backend", "devices", "privsep"),
+    ("sandbox", "vring"),
+    ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel", "queue_process"),
+    ("net", "tap", "vhost_processes", "devices", "privsep"),
+    ("vhost_backend",),
     ("vhost_user",),
     ("recording", "options"),
     ("testing",),

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vq.errors import UsageError
+from vq.exit_status import describe_end
 from vq.link import NullLink, Port, Tap
 from vq.loop import Loop
 from vq.offload import ALL, Offload
 from vq.privsep import Connector, Helper, SeparatedTap, Worker
 from vq.privsep.channel import MOST_UNSENT, Channel, channel_pair
 from vq.privsep.connector import answer
-from vq.privsep.helper import describe_end
 from vq.privsep.message import (
     MAX_SIZE,
     Connect,
@@ -943,5 +943,5 @@ def test_the_worker_ends_when_its_helper_is_gone(tmp_path: Path) -> None:
     ],
 )
 def test_an_end_in_words(status: int, expected: tuple[int, str]) -> None:
-    code, words = describe_end(status)
+    code, words = describe_end(status, "the worker")
     assert code == expected[0] and expected[1] in words

@@ -17,16 +17,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vq
-from vq import sandbox, system_calls
+from vq import loop, queue_process, sandbox, shared_fd, system_calls
 from vq.errors import UsageError
+from vq.loop import Loop
 from vq.memory import GuestMemory
+from vq.queue_process import QueueProcess, Serving
 from vq.sandbox import (
     Confinement,
     Policy,
@@ -40,6 +44,7 @@ from vq.sandbox import (
 )
 from vq.sandbox.libc import Libc
 from vq.testing.requirements import need_linux, need_root
+from vq.vring import Position, Return
 
 NOBODY = User("nobody", 65534, 65534)
 
@@ -161,6 +166,81 @@ def test_a_confined_process_is_killed_when_it_tries_to(
     # What is loaded here depends on the other tests; modules with threads may be among it.
     monkeypatch.setattr(linux, "listed_calls", lambda: list(linux.SYSTEM_CALLS))
     assert confined(FORBIDDEN[name])[0] == -signal.SIGSYS
+
+
+@pytest.fixture
+def with_queue_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are those of a worker whose queue pairs have processes of their own."""
+    modules = (linux, loop, shared_fd, queue_process)
+    calls = [call for module in modules for call in module.SYSTEM_CALLS]
+    monkeypatch.setattr(linux, "listed_calls", lambda: list(dict.fromkeys(calls)))
+
+
+CLONE_NEWUSER, CLONE_VM, PR_SET_NAME = 0x10000000, 0x100, 15
+NOT_EVEN_THEN: dict[str, Callable[[], object]] = {
+    **{name: FORBIDDEN[name] for name in ("start a program", "make a socket", "start a thread")},
+    "send a signal": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "make a namespace": lambda: clone(CLONE_NEWUSER | signal.SIGCHLD),
+    "share memory with a process": lambda: clone(CLONE_VM | signal.SIGCHLD),
+    "outlive its parent": lambda: Libc().call("prctl", linux.PR_SET_PDEATHSIG, 0, 0, 0, 0),
+    "limit another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
+    "have another name": lambda: Libc().call("prctl", PR_SET_NAME, b"another", 0, 0, 0),
+}
+
+
+CLONE = (  # from a file, of which none is left later
+    system_calls.number_of("clone", platform.machine())
+    if platform.machine() in system_calls.ARCHITECTURES
+    else None
+)
+
+
+def clone(flags: int) -> int:
+    assert CLONE is not None
+    return Libc().system_call(CLONE, flags, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", NOT_EVEN_THEN)
+@pytest.mark.usefixtures("with_queue_processes")
+def test_a_worker_with_processes_for_its_queues_is_killed_when_it_tries_to(name: str) -> None:
+    assert confined(NOT_EVEN_THEN[name])[0] == -signal.SIGSYS
+
+
+@pytest.mark.usefixtures("with_queue_processes")
+def test_a_confined_worker_has_processes_for_its_queues() -> None:
+    """As confined as itself, in what it may not do either."""
+
+    def work() -> str:
+        here, said, counted = Loop(), list[object](), Counter[str]()
+        for start in (lambda *_: None, lambda *_: os.uname(), lambda *_: os.fork()):
+            serve = partial(Serving, start, lambda: Return({2: Position(5, 4)}), Counter(frames=1))
+            process = QueueProcess((2,), here, serve, on_stats=counted.update, on_return=print)
+            said.append(process.recall().positions)
+        return f"{said} {dict(counted)}"
+
+    positions = {2: Position(5, 4)}
+    assert confined(work) == (0, f"{[positions, {}, {}]} {{'frames': 1}}")
+
+
+@pytest.mark.usefixtures("with_queue_processes")
+def test_fork_is_allowed_however_the_c_library_makes_it() -> None:
+    """By clone(2), or on x86-64 musl's by fork(2)."""
+    number = system_calls.number_of("fork", platform.machine())
+
+    def work() -> str:
+        made = []
+        for fork in (os.fork, lambda: clone(signal.SIGCHLD), lambda: plain_fork(number)):
+            child = fork()
+            if child == 0:
+                os._exit(7)
+            made.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return str(made)
+
+    assert confined(work) == (0, "[7, 7, 7]")
+
+
+def plain_fork(number: int | None) -> int:
+    return os.fork() if number is None else Libc().system_call(number)
 
 
 def test_no_io_uring_can_be_set_up_any_more() -> None:

@@ -97,6 +97,8 @@ class Queue:
         `Device.process_disabled` does."""
         self.call_waits = False
         """Whether the driver may still have to be called for what was published."""
+        self.lent = False
+        """Whether another process serves it meanwhile (`Device.lend_queue`)."""
         self.unfinished: Sequence[int] = ()
         """Heads of chains that the device had when the ring was stopped: it gets them again."""
 
@@ -207,6 +209,9 @@ class Device(ABC):
     """The event loop's: there was much data in this turn, and probably there is more to come."""
     on_can_wait: Callable[[Callable[[], None]], None] | None = None
     """The event loop's: calls back when there is nothing more urgent, which may be now."""
+    on_shared_change: Callable[[], None] | None = None
+    """The transport's: what several queues go by is about to change. Queues that were lent have
+    come home by the time it returns."""
     on_watches_change: Callable[[], None] | None = None
     """The event loop's: there are new `watches` or `alarms`."""
     on_call_soon: Callable[[Callable[[], None]], None] | None = None
@@ -389,6 +394,7 @@ class Device(ABC):
             self._driver_broke(error)
             return
         queue.unfinished = ()
+        queue.lent = False
         queue.enabled = enabled
         if enabled:
             self._run("queue_started", self.queue_started, queue)
@@ -463,6 +469,7 @@ class Device(ABC):
         ring = queue.ring
         if queue.enabled:
             self._run("queue_stopping", self.queue_stopping, queue)
+        queue.call_waits = True  # if there is one to be made: the next ring knows nothing of it
         self._make_call(queue)
         next_avail = ring.next_avail
         queue.unfinished = [*queue.unfinished, *ring.left_over]
@@ -477,6 +484,43 @@ class Device(ABC):
         up again, from the start.
         """
         self._drop_ring(self.queues[index])
+
+    def queues_apart(self, processes: int) -> Sequence[Collection[Collection[int]]]:
+        """The queues, by index, that up to `processes` - 1 other processes may serve: for each the
+        sets of those that have something in common, and so go together or not at all. Queues that
+        are in none stay with the process that has all of the device."""
+        return ()
+
+    def lend_queue(self, index: int) -> int:
+        """`stop_queue` for a queue that another process goes on with. Until it is set up here
+        again it counts as in use."""
+        self.queues[index].lent = True
+        return self.stop_queue(index)
+
+    def take_queue_back(self, index: int, unfinished: Sequence[int]) -> None:
+        """A queue that was lent is no other process's any more; `setup_queue` comes next.
+
+        `unfinished` are heads of chains that are to be taken again.
+        """
+        self.queues[index].unfinished = tuple(unfinished)
+        self._run("queue_came_home", self.queue_came_home, self.queues[index])
+
+    def keep_only(self, indices: Collection[int]) -> None:
+        """In a process that was forked to serve these queues: forgets all others.
+
+        What the guest has of them is not touched. Statistics begin at nothing.
+        """
+        for queue in self.queues:
+            if queue.index not in indices:
+                self._drop_ring(queue)
+        self.stats.clear()
+
+    def fail_for(self, error: Exception) -> None:
+        """The device needs a reset, for a reason that was found, and logged, elsewhere."""
+        self._fail(error)
+
+    def look_again(self) -> None:
+        """Another process found something not to be as it should: the model looks what it is."""
 
     def ready_ring(self, queue: Queue) -> SplitRing | None:
         """The queue's ring if the device may work on it now, else None (virtio 1.3, 2.1.2)."""
@@ -543,6 +587,9 @@ class Device(ABC):
     def queue_dropped(self, queue: Queue) -> None:
         """The queue's ring went away in a reset: forget every chain of it."""
 
+    def queue_came_home(self, queue: Queue) -> None:
+        """Another process served the queue: what is known of its part of the host is old."""
+
     def device_reset(self) -> None:
         """The device was reset: forget what the driver set."""
 
@@ -608,6 +655,7 @@ class Device(ABC):
     def _drop_ring(self, queue: Queue) -> None:
         was_enabled, queue.enabled = queue.enabled, False
         queue.unfinished = ()
+        queue.lent = False
         queue.call_waits = False  # whoever was to make that call may be gone, too
         if queue.ring is not None:
             queue.ring = None

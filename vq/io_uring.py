@@ -162,6 +162,15 @@ class RequestRing:
             self._enter(0, started - ready, _ENTER_GETEVENTS)
         return self._collect(first, started)
 
+    def forget(self) -> None:
+        """Takes back what was not started, and drops what was not collected.
+
+        A process that shares the ring may have been killed at any point of `submit`.
+        """
+        words = self._words
+        words[self._tail] = words[self._head]
+        words[self._done] = words[self._ready]
+
     def close(self) -> None:
         """Gives the ring back, and lets go of the file. Closing twice is allowed."""
         if self._finalizer.alive:

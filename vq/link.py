@@ -17,7 +17,7 @@ import errno
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar, Protocol, TypeAlias
 
 from vq.gather import IoVectors
@@ -188,6 +188,9 @@ class Port(ABC):
         """The descriptor to poll for reading and writing; None for a port inside this process."""
         return None
 
+    def was_used_elsewhere(self) -> None:
+        """Another process used the port: what was remembered of the last use is not so any more."""
+
     @abstractmethod
     def write_burst(self, frames: Sequence[Frame]) -> int:
         """Takes frames, first to last; returns how many of them it has dealt with.
@@ -218,6 +221,8 @@ class Link(ABC):
     """Which offloads frames written to the link may leave to it; without CSUM none at all."""
     delivers: Offload
     """Which offloads frames read from the link may carry now."""
+    ports_are_apart: bool = False
+    """Whether the ports share nothing, so that several processes can use one each."""
     min_frame: int = 0
     """Frames shorter than this cannot be written, in bytes, net header not counted."""
     max_frame: int = MAX_FRAME
@@ -239,6 +244,15 @@ class Link(ABC):
 
     def activate_ports(self, count: int) -> None:
         """Uses the first `count` ports only; the others neither take nor give frames."""
+
+    def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
+        """In a process that was forked to use these ports: lets go of what it has of the others.
+
+        `on_truncated` is called when a frame was longer than expected.
+        """
+
+    def look_again(self) -> None:
+        """A frame was longer than expected, in another process: looks how long they may be now."""
 
     def recover(self) -> None:
         """A port broke: looks whether the link can be used again, and calls `on_change` if so.

@@ -16,7 +16,8 @@ import ctypes
 import json
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain as joined
 from typing import Any, ClassVar, TypeVar
@@ -220,6 +221,7 @@ class NetDevice(Device):
         self._working = False
         self._catching_up = False
         self._interrupted: list[int] = []  # queues that wanted attention in the meantime
+        self._is_part = False  # this process was forked to serve some queues only
         self._broken: set[int] = set()  # ports whose end of the link is gone
         self._port_watches: list[Watch | None] = [
             self._watch_port(index, port) for index, port in enumerate(link.ports)
@@ -301,6 +303,8 @@ class NetDevice(Device):
         self.queue_dropped(queue)
         if window is not None:
             self._activate_ports()
+            if queue.lent:
+                self._want_readable(queue, False)
 
     def queue_dropped(self, queue: Queue) -> None:
         """The ring is gone, and all that was popped from it; frames on their way are dropped."""
@@ -379,6 +383,40 @@ class NetDevice(Device):
         finally:
             self._catching_up = False
 
+    # --- for several processes (`vq.vhost_processes`) ---------------------------------------------
+
+    def queues_apart(self, processes: int) -> Sequence[Collection[Collection[int]]]:
+        """Queue pairs in turn, where each has a port of its own. The first stays here."""
+        if not self.link.ports_are_apart or self._max_pairs > len(self.link.ports):
+            return ()
+        pairs = self._pairs_in_use
+        return [
+            [(2 * pair, 2 * pair + 1) for pair in range(part, pairs, processes)]
+            for part in range(1, processes)
+        ]
+
+    def keep_only(self, indices: Collection[int]) -> None:
+        """See `Device.keep_only`. The link's settings are the other process's."""
+        self._is_part = True
+        super().keep_only(indices)
+        for watch in self.watches:
+            watch.want(reading=False, writing=False)
+        self._recovery.set(None)
+        self.link.serve_apart({index // 2 for index in indices}, self._notify_config_change)
+
+    def queue_came_home(self, queue: Queue) -> None:
+        """Has the port forget what it knew."""
+        self.link.ports[self._port_index(queue)].was_used_elsewhere()
+
+    def look_again(self) -> None:
+        """Has the link look how long frames may be. If it is gone the next frame finds that out."""
+        with suppress(OSError):
+            self.link.look_again()
+
+    def _bring_home(self) -> None:
+        if self.on_shared_change is not None:
+            self.on_shared_change()
+
     def close(self) -> None:
         """Closes the link."""
         for watch in self.watches:
@@ -420,6 +458,7 @@ class NetDevice(Device):
 
     def activate_pairs(self, pairs: int) -> None:
         """Uses the first `pairs` queue pairs."""
+        self._bring_home()
         self._active_pairs = pairs
         self._activate_ports()
         for index, window in self._windows.items():
@@ -434,6 +473,7 @@ class NetDevice(Device):
 
     def filters_changed(self) -> None:
         """A command was carried out: windows and link follow."""
+        self._bring_home()
         self._configure_receiving()
 
     # --- for migration ----------------------------------------------------------------------------
@@ -545,7 +585,7 @@ class NetDevice(Device):
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
-                    if not self.inject(answer):
+                    if not self.inject(answer, pair=queue.index // 2):
                         self.stats["rx_dropped: no room for an answer"] += 1
                 if burst.fault is not None:
                     raise burst.fault
@@ -731,16 +771,23 @@ class NetDevice(Device):
 
     def _activate_ports(self) -> None:
         """Has the link use the ports of active pairs only, and the event loop leave the others."""
-        pairs = self._active_pairs
-        if self._control_hidden:
-            pairs = max((index // 2 + 1 for index in self._windows), default=1)
-        count = min(pairs, len(self.link.ports))
+        if self._is_part:
+            return
+        count = min(self._pairs_in_use, len(self.link.ports))
         self._ask_link(self.link.activate_ports, count)
         for index in range(count, len(self.link.ports)):
             watch = self._port_watches[index]
             if watch is not None:
                 watch.want(reading=False, writing=False)
                 self._port_writable(index)  # for what waits there
+
+    @property
+    def _pairs_in_use(self) -> int:
+        """How many pairs have frames, from the first on."""
+        if not self._control_hidden:
+            return self._active_pairs
+        lent = (queue.index for queue in self.queues if queue.lent)
+        return max((index // 2 + 1 for index in joined(self._windows, lent)), default=1)
 
     def inject(self, frame: bytes, *, pair: int = 0) -> bool:
         """Gives the guest a frame of the host's own making, past all filters.
@@ -781,6 +828,8 @@ class NetDevice(Device):
         Nothing is relied on: what is left undone all the same is finished here, and the next
         frame finds out whether the link is there.
         """
+        if self._is_part:
+            return
         try:
             request(argument)
         except OSError as error:
@@ -835,6 +884,7 @@ class NetDevice(Device):
     def _link_changed(self) -> None:
         """The link came or went, can be used again, or a port has another descriptor; perhaps in
         our own work."""
+        self._bring_home()
         if self._broken:
             log.info("%s: the link is back", self.link.name)
             self._broken.clear()
@@ -886,8 +936,11 @@ class NetDevice(Device):
             watch.want(writing=bool(self._waiting_for(port_index)))
 
     def _port_broke(self, index: int, error: OSError) -> None:
-        log.error("%s: the link broke: %s", self.link.name, in_words(error))
         self._broken.add(index)
+        if self._is_part:
+            self._notify_config_change()  # the other process finds that, too, and says so
+            return
+        log.error("%s: the link broke: %s", self.link.name, in_words(error))
         watch = self._port_watches[index]
         if watch is not None:
             watch.want(reading=False, writing=False)

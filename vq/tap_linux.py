@@ -23,7 +23,7 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import TypeVar, cast
@@ -208,6 +208,11 @@ class _Batches:
             self.ring.lengths[:count] = lengths
             self._prepared = lengths[:]
 
+    def forget(self) -> None:
+        """What the entries are prepared for is not known any more, nor what was under way."""
+        self.ring.forget()
+        self._prepared, self._room = array("I"), array("I")
+
     def gather_starts(self, addresses: array[int], size: int) -> memoryview:
         """A private copy of `size` bytes at each address; `slab.put_back` is the way back."""
         count = len(addresses)
@@ -353,6 +358,17 @@ class LinuxTapPort(Port):
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def let_go(self) -> None:
+        """In a process that was forked, and that has nothing to do with this port: who could write
+        to the entries of its io_uring could have the kernel write into the other process's memory.
+        """
+        self.outbox = self._batches = None  # and their memory and descriptors are gone; no more
+
+    def was_used_elsewhere(self) -> None:
+        """See `Port.was_used_elsewhere`: the entries of io_uring are shared."""
+        if self._batches is not None:
+            self._batches.forget()
 
     def expect(self, longest: int) -> None:
         """The kernel makes frames of up to `longest` bytes from now on.
@@ -690,6 +706,23 @@ class LinuxTap(Tap):
             self.max_frame = min(ETHER_HEADER + TAGS + mtu, MAX_FRAME)
         for port in self.ports:
             port.expect(self.max_frame)
+
+    @property
+    def ports_are_apart(self) -> bool:  # type: ignore[override]
+        """Each queue has a descriptor of its own, and an io_uring."""
+        return len(self.ports) > 1
+
+    def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
+        """See `Link.serve_apart`."""
+        for index, port in enumerate(self.ports):
+            if index in ports:
+                port.on_truncated = on_truncated
+            else:
+                port.let_go()
+
+    def look_again(self) -> None:
+        """See `Link.look_again`."""
+        self._measure()
 
     def keep_control(self) -> None:
         """See `Tap.keep_control`."""

@@ -15,10 +15,9 @@ Section names cited below are those of QEMU's docs/interop/vhost-user.rst.
 from __future__ import annotations
 
 import ctypes
-import enum
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +50,8 @@ from vq.vhost_message import (
     VringFlag,
     VringState,
 )
+from vq.vhost_processes import Apart, Processes, may_be_lent
+from vq.vring import Held, Kick, Position, Return, Vring
 
 __all__ = ["Announcing", "Backend", "MtuLimited", "Stateful", "choose_offered", "protocol_features"]
 
@@ -85,6 +86,7 @@ _ANY_DEVICE = (
 _VHOST_FEATURES = feature_mask(VhostFeature)
 _FEATURES_OK = int(Status.FEATURES_OK)  # plain integers: flags cost more than the rest of a kick
 _READY = int(Status.FEATURES_OK | Status.DRIVER_OK)
+_WORKING_BITS = _READY | int(Status.NEEDS_RESET | Status.FAILED)
 _DRIVER_UP = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
 
 
@@ -147,69 +149,6 @@ def choose_offered(device: Device, wanted: int | None) -> int:
     return wanted
 
 
-class Kick(enum.Enum):
-    """How a ring learns of new buffers. A ring without any is stopped ("Ring states")."""
-
-    NONE = enum.auto()
-    FD = enum.auto()
-    POLLED = enum.auto()
-    IN_BAND = enum.auto()
-
-
-class Held(enum.Enum):
-    """What the device has of a ring ("Ring states").
-
-    A ring that is disabled is the device's to process without side effects. Frontends disable a
-    ring also to take it away: User-Mode Linux does, and frees its memory when the next request was
-    answered. So what waits in it is dealt with at once, and from then on it is touched only for a
-    kick; and after a reset not before it is started anew.
-    """
-
-    NOTHING = enum.auto()
-    DISABLED = enum.auto()
-    ENABLED = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Vring:
-    """What the frontend has said about one ring."""
-
-    index: int
-    size: int = 0
-    address: VringAddr | None = None
-    base: int = 0
-    """Where to go on in the available ring."""
-    next_used: int | None = None
-    """Where to go on in the used ring; None: where its index in guest memory stands."""
-    enabled: bool = False
-    kick: Kick = Kick.NONE
-    kick_fd: int = -1
-    call_fd: int = -1
-    call_was_set: bool = False
-    """Whether SET_VRING_CALL came; without a descriptor it means that the frontend polls."""
-    call_missed: bool = False
-    err_fd: int = -1
-    err_was_set: bool = False
-    waits: int = 0
-    """How often the frontend made us wait for its event descriptors."""
-    started: bool = False
-    """Whether the frontend has started it since the device was reset."""
-    held: Held = Held.NOTHING
-    look: Timer | None = None
-    """For a ring that was started, and may be enabled a moment later."""
-    kicks: int = 0
-    """How many came since it was looked whether they bring anything."""
-    kicked_at: int = -1
-    """Where the driver's index was when it was looked."""
-    rest: Timer | None = None
-    """While kicks are not heard."""
-
-    @property
-    def running(self) -> bool:
-        """Whether the device works on the ring now."""
-        return self.held is Held.ENABLED
-
-
 @dataclass(slots=True)
 class _Slot:
     """One region of the memory table, as the frontend describes it and as it is mapped."""
@@ -227,7 +166,8 @@ class Backend:
     `send` takes the replies. `offered` are the protocol features to offer, a set of bits, by
     default those of `protocol_features`; `queue_num` is the answer to GET_QUEUE_NUM, by default the
     device's number of queues (for a network device frontends take it for the number of queue
-    pairs). Raises `UsageError` for protocol features that cannot be offered.
+    pairs). With `apart` other processes serve some of the queues; `on_fork` is called in each, with
+    the loop that it has. Raises `UsageError` for protocol features that cannot be offered.
 
     The device is this backend's until `close`.
     """
@@ -240,6 +180,8 @@ class Backend:
         *,
         offered: int | None = None,
         queue_num: int | None = None,
+        apart: Apart | None = None,
+        on_fork: Callable[[Loop], None] = lambda loop: None,
     ) -> None:
         self.device = device
         self.vrings = [Vring(index) for index in range(device.queue_count)]
@@ -260,11 +202,13 @@ class Backend:
         self._work: set[int] = set()  # queues to be notified in the next turn
         self._poll_timer: Timer | None = None
         self._fault_told = False
+        self._processes = None if apart is None else Processes(self, loop, apart, on_fork=on_fork)
         device.on_queue_call = self._call
         device.on_config_change = self._config_changed
         device.on_work_left = self._notify_soon
         device.on_much_moved = loop.much_was_moved
         device.on_can_wait = loop.call_in_lull
+        device.on_shared_change = self._all_home
 
     # --- for the connection -----------------------------------------------------------------------
 
@@ -297,12 +241,14 @@ class Backend:
 
     def close(self) -> None:
         """Stops the device and gives back all that the frontend handed over."""
+        if self._processes is not None:
+            self._processes.close()
         for vring in self.vrings:
             self._pause(vring)
             self._forget_fds(vring)
         device = self.device
         device.on_queue_call = device.on_config_change = device.on_work_left = None
-        device.on_much_moved = device.on_can_wait = None
+        device.on_much_moved = device.on_can_wait = device.on_shared_change = None
         device.reset()
         device.memory = None
         for slot in self._slots:
@@ -435,6 +381,7 @@ class Backend:
         if not status:
             self._reset()
             return False
+        self._all_home()
         if not self._negotiated and self.features:
             self._negotiate()  # the features stand; a reset took them from the device alone
         self.device.write_status(status)
@@ -548,6 +495,7 @@ class Backend:
         return self._dirty_log if self.features >> VhostFeature.LOG_ALL & 1 else None
 
     def _attach_log(self) -> None:
+        self._all_home()
         if self.device.memory is not None:
             self.device.memory.dirty_log = self._log_in_use()
 
@@ -629,6 +577,7 @@ class Backend:
 
     def _set_vring_kick(self, which: VringFd, message: Message) -> bool:
         vring = self._vring(which.ring)
+        self._home(vring)
         if which.has_fd:
             os.set_blocking(message.fds[0], False)
         self._unwatch_kick(vring)
@@ -646,6 +595,7 @@ class Backend:
 
     def _set_vring_call(self, which: VringFd, message: Message) -> bool:
         vring = self._vring(which.ring)
+        self._home(vring)
         if which.has_fd:
             os.set_blocking(message.fds[0], False)
         vring.call_fd = close_fd(vring.call_fd)
@@ -687,7 +637,7 @@ class Backend:
     def _update(self, vring: Vring) -> None:
         """Starts or stops a ring as what was said about it asks for."""
         wanted, before = self._wanted(vring), vring.held
-        if wanted is before:
+        if wanted is before or (wanted is Held.ENABLED and before is Held.LENT):
             return
         self._pause(vring)
         if wanted is Held.NOTHING:
@@ -695,7 +645,7 @@ class Backend:
         self._start(vring, wanted)
         if vring.held is not Held.DISABLED:
             return
-        if before is Held.ENABLED:
+        if before in (Held.ENABLED, Held.LENT):
             self.device.notify(vring.index)
         else:
             look = partial(self._look_at_disabled, vring)
@@ -771,10 +721,13 @@ class Backend:
         if wanted is Held.ENABLED:
             # The kick for what is there already may have gone to an earlier backend.
             self._notify_soon(vring.index)
+            if self._processes is not None:
+                self._processes.lend_when_calm()
         self._tell_fault()
 
-    def _pause(self, vring: Vring) -> None:
-        """Takes the ring from the device; it can go on at the same place."""
+    def _pause(self, vring: Vring, *, lent: bool = False) -> None:
+        """Takes the ring from the device; it can go on at the same place, or be `lent`."""
+        self._home(vring)
         if vring.held is Held.NOTHING:
             return
         vring.held = Held.NOTHING
@@ -789,7 +742,8 @@ class Backend:
         if ring is not None:  # a ring that broke the rules was never set up
             try:
                 self.device.publish(queue)
-                vring.base = self.device.stop_queue(vring.index)
+                stop = self.device.lend_queue if lent else self.device.stop_queue
+                vring.base = stop(vring.index)
             except Exception:
                 # A fault of the model must not keep the rest from being given back.
                 log.exception("ring %d: the device model failed to stop it", vring.index)
@@ -856,13 +810,15 @@ class Backend:
         """
         if self.device.status & _READY == _FEATURES_OK:
             self.device.write_status(self.device.status | Status.DRIVER_OK)
+            if self._processes is not None:
+                self._processes.lend_when_calm()
 
     def _poll(self) -> None:
         self._poll_timer = None
         polled = [
             vring
             for vring in self.vrings
-            if vring.held is not Held.NOTHING and vring.kick is Kick.POLLED
+            if vring.held in (Held.DISABLED, Held.ENABLED) and vring.kick is Kick.POLLED
         ]
         for vring in polled:
             self.device.notify(vring.index)
@@ -885,6 +841,82 @@ class Backend:
         vring.call_fd = close_fd(vring.call_fd)
         vring.err_fd = close_fd(vring.err_fd)
         vring.call_was_set = vring.err_was_set = vring.call_missed = False
+
+    # --- rings in other processes (`vq.vhost_processes`) ------------------------------------------
+
+    def _home(self, vring: Vring) -> None:
+        """Something about the ring is about to change: nobody else is to work on it."""
+        if vring.held is Held.LENT and self._processes is not None:
+            self._processes.recall(vring)
+
+    def _all_home(self) -> None:
+        """Likewise for what all rings go by."""
+        if self._processes is not None:
+            self._processes.recall_all()
+
+    def may_be_lent(self, vring: Vring) -> bool:
+        """See `vq.vhost_processes.Rings`."""
+        return (
+            may_be_lent(vring)
+            and self.device.status & _WORKING_BITS == _READY
+            and not self._has(ProtocolFeature.INBAND_NOTIFICATIONS)
+        )
+
+    def lend(self, vring: Vring) -> Position:
+        """See `vq.vhost_processes.Rings`."""
+        self._pause(vring, lent=True)
+        vring.held = Held.LENT
+        unfinished = tuple(self.device.queues[vring.index].unfinished)
+        return Position(vring.base, vring.next_used, unfinished)
+
+    def come_home(self, vring: Vring, position: Position | None) -> None:
+        """See `vq.vhost_processes.Rings`."""
+        vring.base, vring.next_used, unfinished = position or self._used_position(vring)
+        vring.held = Held.NOTHING
+        self.device.take_queue_back(vring.index, unfinished)
+        self._start(vring, Held.ENABLED)
+        if position is None:
+            self._call(vring.index)  # the last call may have died with the process
+
+    def _used_position(self, vring: Vring) -> Position:
+        """Where to go on with a ring of which only guest memory knows: where the used ring stands.
+
+        Right for a device that uses chains in their order, and for others that have inflight notes.
+        """
+        assert vring.address is not None, "it was lent"
+        used = self._to_gpa(*_parts(vring.address, vring.size)[2])
+        assert used is not None, "it was lent"
+        index = int.from_bytes(self._memory().read(used + 2, 2), "little")
+        return Position(index, index)
+
+    def serve_only(
+        self, queues: Collection[int], loop: Loop, give_back: Callable[[], None]
+    ) -> None:
+        """See `vq.vhost_processes.Rings`."""
+        for other in (self._channel, self._transfer):  # the frontend talks to the other process
+            if other is not None:
+                other.close()
+        self._loop = loop
+        self._processes = self._channel = self._transfer = self._poll_timer = None
+        self._work.clear()
+        device = self.device
+        device.on_much_moved, device.on_can_wait = loop.much_was_moved, loop.call_in_lull
+        device.on_config_change, device.on_shared_change = give_back, None
+        device.keep_only(queues)
+        for vring in self.vrings:
+            vring.held, vring.look, vring.rest = Held.NOTHING, None, None
+            if vring.index in queues:
+                self._start(vring, Held.ENABLED)
+
+    def end_serving(self, queues: Collection[int]) -> Return:
+        """See `vq.vhost_processes.Rings`."""
+        positions = {}
+        for index in queues:
+            vring = self.vrings[index]
+            self._pause(vring)
+            unfinished = tuple(self.device.queues[index].unfinished)
+            positions[index] = Position(vring.base, vring.next_used, unfinished)
+        return Return(positions, self.device.fault)
 
     # --- towards the frontend ---------------------------------------------------------------------
 
@@ -925,6 +957,7 @@ class Backend:
         """Signals every ring's error descriptor, once per fault, when the device needs a reset."""
         if self._fault_told or not self.device.status & Status.NEEDS_RESET:
             return
+        self._all_home()
         self._fault_told = True
         for vring in self.vrings:
             if not vring.running:

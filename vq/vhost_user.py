@@ -26,6 +26,7 @@ from vq.loop import Loop, Timer
 from vq.unix_socket import Listener, connect
 from vq.vhost_backend import Backend, choose_offered
 from vq.vhost_message import MAX_FDS, Decoder, Message, encode
+from vq.vhost_processes import Apart
 
 __all__ = ["Client", "Connection", "Server", "watch_device"]
 
@@ -44,9 +45,9 @@ _MSG_NOSIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)
 class Connection:
     """One connected frontend, which drives `device` until either side closes.
 
-    Takes over `sock`. `offered` and `queue_num` are `Backend`'s, as is the `UsageError`, which
-    leaves the socket to the caller. `on_closed` is called once, when all is given back; the device
-    may be used by another connection from then on.
+    Takes over `sock`. `offered`, `queue_num` and `apart` are `Backend`'s, as is the `UsageError`,
+    which leaves the socket to the caller. `on_closed` is called once, when all is given back; the
+    device may be used by another connection from then on.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Connection:
         name: str = "frontend",
         offered: int | None = None,
         queue_num: int | None = None,
+        apart: Apart | None = None,
         on_closed: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
@@ -67,7 +69,15 @@ class Connection:
         self._replies: deque[tuple[bytes, list[int]]] = deque()
         self._on_closed = on_closed
         self.closed = False
-        self.backend = Backend(device, loop, self._send, offered=offered, queue_num=queue_num)
+        self.backend = Backend(
+            device,
+            loop,
+            self._send,
+            offered=offered,
+            queue_num=queue_num,
+            apart=apart,
+            on_fork=self._forked,
+        )
         sock.setblocking(False)
         self._watch()
         log.info("%s: connected", name)
@@ -87,6 +97,17 @@ class Connection:
         self._socket.close()
         if self._on_closed is not None:
             self._on_closed()
+
+    def _forked(self, loop: Loop) -> None:
+        """In a process that serves some of the queues: the frontend talks to the other one."""
+        self._socket.close()
+        device = self.backend.device
+        for watch in device.watches:
+            watch.on_change = None
+        for alarm in device.alarms:
+            alarm.on_change = None
+        device.on_watches_change = None
+        watch_device(device, loop)
 
     # --- in ---------------------------------------------------------------------------------------
 
@@ -192,6 +213,7 @@ class Server:
         *,
         offered: int | None = None,
         queue_num: int | None = None,
+        apart: Apart | None = None,
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
         _check_free(device)
@@ -202,6 +224,7 @@ class Server:
         self._loop = loop
         self._offered = choose_offered(device, offered)
         self._queue_num = queue_num
+        self._apart = apart
         self._on_disconnect = on_disconnect
         self._listener: Listener | None = None
         if isinstance(address, socket.socket):
@@ -253,6 +276,7 @@ class Server:
             name=self.name,
             offered=self._offered,
             queue_num=self._queue_num,
+            apart=self._apart,
             on_closed=self._disconnected,
         )
 
@@ -284,6 +308,7 @@ class Client:
         retry: float = 1.0,
         offered: int | None = None,
         queue_num: int | None = None,
+        apart: Apart | None = None,
         on_disconnect: Callable[[], None] | None = None,
         connect: Callable[[str], socket.socket] = connect,
     ) -> None:
@@ -297,6 +322,7 @@ class Client:
         self._make_connection = connect
         self._offered = choose_offered(device, offered)
         self._queue_num = queue_num
+        self._apart = apart
         self._on_disconnect = on_disconnect
         self._timer: Timer | None = None
         self._refused: str | None = None
@@ -337,6 +363,7 @@ class Client:
             name=self.name,
             offered=self._offered,
             queue_num=self._queue_num,
+            apart=self._apart,
             on_closed=self._disconnected,
         )
 

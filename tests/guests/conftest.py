@@ -37,16 +37,25 @@ class Served(ServeProcess):
 
 
 def worker_of(served: ServeProcess) -> psutil.Process:
-    """The process that parses what guests send; there is one, which root has made nobody's."""
+    """The process that parses what guests send; there is one, which root has made nobody's.
+
+    Those that it forked itself are its children (`others_of`).
+    """
     everything = psutil.Process(served._process._process.pid).children(recursive=True)
-    (worker,) = [
-        process
+    unprivileged = {
+        process.pid: process
         for process in everything
         if process.ppid() in {other.pid for other in everything}
         and "serve" in process.cmdline()
         and process.uids().real != 0
-    ]
+    }
+    (worker,) = [p for p in unprivileged.values() if p.ppid() not in unprivileged]
     return worker
+
+
+def others_of(served: ServeProcess) -> list[psutil.Process]:
+    """The processes that serve queue pairs for the worker."""
+    return worker_of(served).children()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from .conftest import (
     address_guest,
     address_host,
     assert_well,
+    others_of,
     wait_until,
     worker_of,
 )
@@ -106,8 +107,10 @@ def test_each_processor_of_the_guest_has_a_queue_pair_of_its_own(
     # Which queue a frame takes is the two kernels' choice: the driver sends through the pair of the
     # processor that it runs on, and the tap answers a flow through the pair that it came from.
     # iperf3 without its -A ran on whichever processor it liked, and once on one only.
-    setting = start(queue_pairs=2)
+    setting = start("--processes=2", queue_pairs=2)
     setting.guest.output("ethtool -L eth0 combined 2")
+    wait_until(lambda: len(others_of(setting.served)) == 1, "another process")
+    (other,) = others_of(setting.served)
     for processor in range(2):
         for direction in ("", "-R"):
             summary = transfer(
@@ -118,10 +121,44 @@ def test_each_processor_of_the_guest_has_a_queue_pair_of_its_own(
         counters = {name: int(count) for name, count in re.findall(r"(\w+): (\d+)", text)}
         for way in ("rx", "tx"):
             assert counters[f"{way}_queue_{processor}_packets"] > 100, counters
+    assert others_of(setting.served) == [other], "it has had the second pair all the time"
+    assert sum(other.cpu_times()[:2]) > 0, "and was not idle"
     setting.guest.output("ethtool -L eth0 combined 1")
+    wait_until(lambda: not others_of(setting.served), "all at home")
     summary = transfer(setting.guest, setting.host, f"-c {HOST4} -P 4 --bidir")
     assert summary["sum_received"]["bytes"] > 1e6
     assert_well(setting.guest, setting.host, setting.served)
+
+
+def test_traffic_goes_on_when_the_process_of_a_pair_is_killed_and_pairs_come_and_go(
+    start: Callable[..., Setting],
+) -> None:
+    setting = start("--processes=2", queue_pairs=2)
+    setting.guest.output("ethtool -L eth0 combined 2")
+    with iperf_server(setting.host):
+        # On the processor whose pair is the other process's.
+        setting.guest.output(f"iperf3 -A 1 -c {HOST4} -t 8 --bidir --json >/tmp/iperf 2>&1 &")
+        for _ in range(2):
+            wait_until(lambda: len(others_of(setting.served)) == 1, "another process")
+            (other,) = others_of(setting.served)
+            busy = sum(other.cpu_times()[:2])
+            wait_until(lambda: sum(other.cpu_times()[:2]) > busy + 0.1, "traffic")  # noqa: B023
+            other.kill()
+            wait_until(lambda: not other.is_running(), "its end")  # noqa: B023
+        for pairs in (1, 2, 1, 2):
+            setting.guest.output(f"ethtool -L eth0 combined {pairs}")
+            wait_until(lambda: len(others_of(setting.served)) == pairs - 1, "as many")  # noqa: B023
+        setting.guest.output(
+            "for i in $(seq 150); do pidof iperf3 || break; sleep 0.1; done", timeout=90
+        )
+        report = json.loads(setting.guest.output("cat /tmp/iperf"))["end"]
+    assert report["sum_received"]["bytes"] > 1e6, report
+    assert report["sum_received_bidir_reverse"]["bytes"] > 1e6, report
+    assert ", 0% packet loss" in setting.guest.output(f"ping -c 5 -i 0.2 -W 5 {HOST4}")
+    log = setting.served.log()
+    assert log.count("which served 2 queues, was killed by SIGKILL") == 2
+    assert "driver error" not in log
+    assert_well(setting.guest, setting.host)
 
 
 def test_traffic_goes_on_when_the_backend_is_killed_and_started_again(

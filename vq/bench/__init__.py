@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Protocol
 
-from vq.bench import guest, loopback, profile, ring, scaling, tap, testpmd
+from vq.bench import guest, loopback, pairs, profile, ring, scaling, tap, testpmd
 from vq.bench.report import Description, add_output_arguments, show
 
 __all__ = ["BENCHES", "add_arguments", "run"]
@@ -35,6 +35,7 @@ BENCHES: dict[str, _Bench] = {
     "tap": tap,
     "guest": guest,
     "testpmd": testpmd,
+    "pairs": pairs,
     "scaling": scaling,
     "profile": profile,
 }

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ class Served(ContainedService):
             raise
 
     def cpu_seconds(self) -> float:
-        """The processor time that the process and its worker, if it has one, have had so far."""
-        workers = [worker.pid for worker in psutil.Process(self.pid).children()]
+        """The processor time that the process and its workers, if it has any, have had so far."""
+        workers = [worker.pid for worker in psutil.Process(self.pid).children(recursive=True)]
         # The clocks are numbered as clock_getcpuclockid(3) has it.
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in (self.pid, *workers))
 
@@ -176,10 +176,10 @@ def _find(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def tap_namespace(address: str) -> Iterator[Namespace]:
+def tap_namespace(address: str, *, queues: int = 1) -> Iterator[Namespace]:
     """A namespace with a tap in it, up, with an IPv4 `address` (with its prefix), and no IPv6."""
     with Namespace("vb") as namespace:
-        namespace.add_tap(TAP)
+        namespace.add_tap(TAP, queues=queues)
         namespace.run(
             "echo reno >/proc/sys/net/ipv4/tcp_congestion_control;"
             f" echo 1 >/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6;"
@@ -244,13 +244,17 @@ def compare(
     sample: Callable[[str, Sequence[str]], Mapping[str, float]],
     *,
     called: str = "round",
+    keep_awake: bool = True,
 ) -> dict[str, Any]:
     """Has `sample` measure each contestant, by name and command line, in turn, `rounds` times.
 
     Returns what a report has of it: where it was, `contestants`, and a `summary` as `figures`.
     """
     samples: dict[str, list[Mapping[str, float]]] = {name: [] for name in contestants}
-    with awake(), Progress(rounds * len(contestants)) as progress:
+    with (
+        awake() if keep_awake else nullcontext(),
+        Progress(rounds * len(contestants)) as progress,
+    ):
         for number in range(rounds):
             for name, command in contestants.items():
                 progress.step(f"{name}, {called} {number + 1}")

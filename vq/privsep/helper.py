@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from vq.errors import UsageError, in_words
+from vq.exit_status import describe_end
 from vq.loop import Loop
 from vq.offload import Offload
 from vq.privsep.channel import Channel, channel_pair
@@ -36,7 +37,7 @@ from vq.privsep.message import (
 from vq.privsep.tap import SeparatedTap
 from vq.privsep.worker import Worker
 
-__all__ = ["Helper", "describe_end"]
+__all__ = ["Helper"]
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,6 @@ SHORT_LIFE = 0.3
 LONGEST_PAUSE = 1.0
 """A worker that lived less than `SHORT_LIFE` seconds is not started again at once: the pause grows
 from life to life, up to this."""
-
-_SIGNALS = {
-    signal.SIGBUS: "memory that a guest shares was cut short under it, or the host has none left",
-    signal.SIGSYS: "it made a system call that is not on its list (for a model of your own see"
-    ' docs/security.md, "System calls")',
-    signal.SIGKILL: "somebody killed it, or the host ran out of memory",
-    signal.SIGSEGV: "it touched memory that is not there",
-}
 
 
 class Helper:
@@ -184,7 +177,7 @@ class Helper:
         if not pid:
             return False
         self._pid = 0
-        self._status, words = describe_end(status)
+        self._status, words = describe_end(status, "the worker")
         if words:
             log.error("%s", words)
         return True
@@ -303,17 +296,3 @@ class Helper:
         if complaint and complaint != self._complaints.get(tap.index):
             log.warning("%s: there is one again, but: %s", tap.name, complaint)
         self._complaints[tap.index] = complaint
-
-
-def describe_end(status: int) -> tuple[int, str]:
-    """An exit status to end with, and in words how a worker ended; none when all went well.
-
-    `status` is waitpid(2)'s.
-    """
-    if not os.WIFSIGNALED(status):
-        code = os.waitstatus_to_exitcode(status)
-        return code, f"the worker ended with status {code}" if code == 1 else ""
-    number = os.WTERMSIG(status)
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    why = _SIGNALS.get(signal.Signals(number)) if number in set(signal.Signals) else None
-    return 1, f"the worker was killed by {name}" + (f": {why}" if why else "")

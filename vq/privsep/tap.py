@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from vq.link import Link, Tap
 from vq.offload import Offload
@@ -83,6 +83,22 @@ class SeparatedTap(Link):
     def activate_ports(self, count: int) -> None:
         """Uses the first `count` queues, which takes no privileges."""
         self.tap.activate_ports(count)
+
+    @property
+    def ports_are_apart(self) -> bool:  # type: ignore[override]
+        """As the tap says."""
+        return self.tap.ports_are_apart
+
+    def serve_apart(self, ports: Collection[int], on_truncated: Callable[[], None]) -> None:
+        """See `Link.serve_apart`."""
+        self.tap.serve_apart(ports, on_truncated)
+
+    def look_again(self) -> None:
+        """See `Link.look_again`."""
+        if self._send is None:
+            self.tap.look_again()
+        else:
+            self._truncated()
 
     def recover(self) -> None:
         """Looks for the tap where it is this process's to control; else the helper does."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -22,12 +23,15 @@ from vq.sandbox.user import User, find_user
 
 __all__ = [
     "Confinement",
+    "KillSwitch",
     "Policy",
     "User",
     "confine",
+    "end_with_parent",
     "facilities",
     "find_user",
     "keep_helper_privileges",
+    "make_no_process",
     "prepare",
 ]
 
@@ -77,6 +81,63 @@ def keep_helper_privileges(*, taps: bool, again: bool) -> None:
         from vq.sandbox import linux
 
         linux.keep_helper_privileges(taps=taps, again=again)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a process that was forked by `parent`: has it end when that one ends.
+
+    Where the system does not know how, it is for the process to find out by itself.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import linux
+
+        linux.end_with_parent()
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+class KillSwitch:
+    """Ends a process that was forked: on Linux without kill(2), which could end others, too.
+
+    To be made before the fork; then `arm` here and `let_go` in the forked process, which could
+    otherwise see to it that nothing comes of it.
+    """
+
+    def __init__(self) -> None:
+        self._pipe = os.pipe()
+        self._pid = 0
+
+    def let_go(self) -> None:
+        """Closes it, in a process that is not to have it and in the one that does not need it."""
+        for fd in self._pipe:
+            os.close(fd)
+
+    def arm(self, pid: int) -> None:
+        """From now on it is for the process `pid`."""
+        self._pid = pid
+        if sys.platform == "linux":
+            from vq.sandbox import linux
+
+            linux.signal_by(self._pipe[0], pid)
+
+    def end(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if sys.platform == "linux":
+            os.write(self._pipe[1], b"\0")
+        else:
+            os.kill(self._pid, signal.SIGKILL)
+        self.let_go()
+
+
+def make_no_process() -> None:
+    """Has this process fork no other from now on, where the system knows how.
+
+    Its child would not end with it.
+    """
+    if sys.platform == "linux":
+        from vq.sandbox import limits
+
+        limits.make_no_process()
 
 
 def facilities() -> dict[str, bool | int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 
-__all__ = ["limit"]
+__all__ = ["limit", "make_no_process"]
 
 MOST_DESCRIPTORS = 4096
 """A memory table takes 256 at most, a ring three, a vsock connection one."""
@@ -26,6 +26,11 @@ def limit(memory: int | None) -> str:
         _lower(resource.RLIMIT_DATA, memory)
         words += f" and {memory >> 20} MiB"
     return words
+
+
+def make_no_process() -> None:
+    """From now on no process can be forked from this one, unless root's. Raises `OSError`."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
 def _lower(what: int, most: int) -> None:

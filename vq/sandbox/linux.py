@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import os
 import platform
+import signal
 from collections.abc import Collection
 
 from vq.sandbox import capabilities, landlock, limits, namespaces
@@ -35,13 +38,17 @@ from vq.system_calls import number_of, numbers_at_hand
 
 __all__ = [
     "confine",
+    "end_with_parent",
     "facilities",
     "filter_for",
     "keep_helper_privileges",
     "listed_calls",
     "listed_ioctls",
+    "signal_by",
 ]
 
+PR_SET_PDEATHSIG = 1
+F_SETSIG = 10
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_SET_SECCOMP = 22
@@ -51,6 +58,8 @@ PROT_EXEC = 4
 AT_EMPTY_PATH = 0x1000
 AF_UNIX = 1
 CLONE_THREAD = 0x00010000
+CLONE_CHILD_CLEARTID = 0x00200000
+CLONE_CHILD_SETTID = 0x01000000
 
 SYSTEM_CALLS = (
     # objects and their memory
@@ -86,8 +95,14 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "newfstatat": (HasBits(3, AT_EMPTY_PATH),),
     "socket": (Is(0, AF_UNIX),),
     "clone": (HasBits(0, CLONE_THREAD),),
+    # A process that serves some of a device's queues ends with the one that serves the device.
+    "prctl": (Is(0, PR_SET_PDEATHSIG), Is(1, signal.SIGKILL)),
+    "prlimit64": (Is(0, 0),),
 }
 """On which conditions a listed call is allowed."""
+
+FORK = (CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | signal.SIGCHLD, signal.SIGCHLD)
+"""What C libraries pass to clone(2) for fork(3): nothing is shared, and no namespace is new."""
 
 
 def confine(policy: Policy, *, libc: Libc | None = None) -> Confinement:
@@ -138,6 +153,22 @@ def keep_helper_privileges(*, taps: bool, again: bool, libc: Libc | None = None)
     capabilities.keep_only(libc, kept & has)
 
 
+def end_with_parent(*, libc: Libc | None = None) -> None:
+    """This process is killed when the one that forked it ends (PR_SET_PDEATHSIG(2const))."""
+    (libc or Libc()).call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def signal_by(fd: int, pid: int) -> None:
+    """Has a process killed when something comes from the other end of the pipe `fd`.
+
+    The kernel sends a signal then, and may be told which and to whom (fcntl(2), F_SETSIG). It goes
+    by the open file: who else has that can take it back, who closes its own descriptor cannot.
+    """
+    fcntl.fcntl(fd, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(fd, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def facilities(*, libc: Libc | None = None) -> dict[str, bool | int]:
     """What this host has for `confine`, each tried without lasting effect."""
     libc = libc or Libc()
@@ -168,10 +199,14 @@ def filter_for(policy: Policy, machine: str) -> bytes:
     names = listed_calls()
     allowed: list[Call] = []
     for name in names:
-        number = number_of(name, machine)
+        number = number_of("clone" if name == "fork" else name, machine)
         if number is None or name in UNKNOWN:
             continue
-        if name == "ioctl":
+        if name == "fork":
+            allowed += [Call(number, (Is(0, flags),)) for flags in FORK]
+            plain = number_of(name, machine)  # musl's, where there is one
+            allowed += [] if plain is None else [Call(plain)]
+        elif name == "ioctl":
             requests = dict.fromkeys((*listed_ioctls(), *policy.ioctls))
             allowed += [Call(number, (Is(1, request),)) for request in requests]
         else:

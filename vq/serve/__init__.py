@@ -27,6 +27,7 @@ from vq.serve import confinement, transport
 from vq.serve.kind import Kind
 from vq.serve.statistics import Statistics
 from vq.shared_fd import Watchdog
+from vq.vhost_processes import Apart
 
 __all__ = ["KINDS", "add_arguments", "parse", "run"]
 
@@ -102,7 +103,11 @@ class _Service:
         """Serves until told to stop; the exit status."""
         try:
             if self._args.sandbox == "off" and not self._args.restart:
-                return self._serve(self._loop, lambda: transport.tell_supervisor("READY=1"))
+                return self._serve(
+                    self._loop,
+                    lambda: transport.tell_supervisor("READY=1"),
+                    on_fork=self._close_places,
+                )
             return self._help()
         except OSError as error:
             log.error("the system refused: %s", error)
@@ -158,15 +163,30 @@ class _Service:
                 confinement.confine(self._args, self._user, self._kind.taps)
                 worker.ready()
 
+            def let_go() -> None:
+                worker.close()
+                self._close_places()
+
             try:
-                return self._serve(loop, start)
+                return self._serve(loop, start, on_fork=let_go)
             except (VqError, OSError) as error:
                 print(f"vq serve: {in_words(error)}", file=sys.stderr)
                 return 2 if isinstance(error, UsageError | OSError) else 1
 
-    def _serve(self, loop: Loop, ready: Callable[[], None]) -> int:
-        """Serves the devices in this process; `ready` is called once frontends may come."""
+    def _close_places(self) -> None:
+        """In a process that serves some queues: sockets are for the one that it was forked from."""
+        for place in self._places:
+            if place.socket is not None:
+                place.socket.close()
+
+    def _serve(self, loop: Loop, ready: Callable[[], None], *, on_fork: Callable[[], None]) -> int:
+        """Serves the devices in this process; `ready` is called once frontends may come.
+
+        `on_fork` is called in other processes that serve some of their queues.
+        """
         args, kind = self._args, self._kind
+        processes = kind.processes(args)
+        apart = Apart(processes, on_fork=on_fork) if processes > 1 else None
         with ExitStack() as stack:
             stack.enter_context(Watchdog())
             if args.record is not None:
@@ -180,6 +200,7 @@ class _Service:
                     kind.connector,
                     stack,
                     queue_num=kind.queue_num(args),
+                    apart=apart,
                 )
             kind.follow(self._devices, loop)
             if args.stats:

@@ -63,6 +63,10 @@ class Kind(ABC):
         """The answer to GET_QUEUE_NUM; None for the number of the device's queues."""
         return None
 
+    def processes(self, args: argparse.Namespace) -> int:
+        """How many processes may serve a device's queues."""
+        return 1
+
     def follow(self, devices: Sequence[Device], loop: Loop) -> None:
         """The devices are served from now on: starts what has to be looked at from time to time."""
 

@@ -48,6 +48,13 @@ class NetKind(Kind):
         )
         parser.add_argument("--queue-pairs", type=options.positive, default=1, metavar="N")
         parser.add_argument(
+            "--processes",
+            type=options.positive,
+            metavar="N",
+            help="how many processes share the queue pairs, where the link is a tap with a queue"
+            " for each (default: one for each pair, but no more than processors)",
+        )
+        parser.add_argument(
             "--queue-size",
             type=options.queue_size,
             default=256,
@@ -101,6 +108,13 @@ class NetKind(Kind):
     def queue_num(self, args: argparse.Namespace) -> int:
         """What frontends take for the number of queue pairs."""
         return int(args.queue_pairs)
+
+    def processes(self, args: argparse.Namespace) -> int:
+        """See `Kind`. What is recorded all goes through one process."""
+        if args.capture is not None or args.record is not None:
+            return 1
+        most: int = args.processes or _processors()
+        return min(int(args.queue_pairs), most)
 
     def open_devices(self, args: argparse.Namespace, stack: ExitStack) -> Sequence[Device]:
         """See `Kind`."""
@@ -185,6 +199,13 @@ def _open_tap(name: str, queues: int) -> Link:
 
 
 # --- its parts -----------------------------------------------------------------------------------
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check(args: argparse.Namespace) -> None:

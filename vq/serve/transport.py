@@ -17,6 +17,7 @@ from vq.privsep import Connector
 from vq.unix_socket import Listener
 from vq.vhost_backend import protocol_features
 from vq.vhost_message import ProtocolFeature
+from vq.vhost_processes import Apart
 from vq.vhost_user import Client, Connection, Server, unwatch_device, watch_device
 
 __all__ = ["Place", "add_arguments", "check", "offer", "open_places", "tell_supervisor"]
@@ -104,6 +105,7 @@ def offer(
     stack: ExitStack,
     *,
     queue_num: int | None,
+    apart: Apart | None,
 ) -> None:
     """Puts a device in its place; it is taken off again when `stack` is closed."""
     gone = loop.stop if args.once else None
@@ -115,13 +117,20 @@ def offer(
             place.name,
             offered=offered,
             queue_num=queue_num,
+            apart=apart,
             on_disconnect=gone,
             connect=connector.connect,
         )
         stack.callback(client.close)
     elif place.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         server = Server(
-            device, loop, place.socket, offered=offered, queue_num=queue_num, on_disconnect=gone
+            device,
+            loop,
+            place.socket,
+            offered=offered,
+            queue_num=queue_num,
+            apart=apart,
+            on_disconnect=gone,
         )
         stack.callback(server.close)
         log.info("%s: waiting for a frontend", server.name)
@@ -135,6 +144,7 @@ def offer(
             name=place.name,
             offered=offered,
             queue_num=queue_num,
+            apart=apart,
             on_closed=loop.stop,
         )
         stack.callback(connection.close)
