@@ -253,7 +253,8 @@ def test_another_system_has_no_numbers():
 
 HEADER_NAME = re.compile(
     r"(TUN[SGD]|TUN_[FH]_(?!ALL)|TUNM|TAP[SG]|TAPMRU|IFF_|IFCAP_|IFNAMSIZ|SIOC|FIO|IOV_MAX"
-    r"|ETHTOOL_|CLONE_|LINK_STATE_|PR_|EFD_|MFD_|VHOST_F_|LANDLOCK_|CAP_|SECCOMP_)"
+    r"|ETHTOOL_|CLONE_|LINK_STATE_|PR_|EFD_|MFD_|VHOST_F_|LANDLOCK_|CAP_|SECCOMP_|F_SETSIG|NLM_|NLMSG_"
+    r"|NETLINK_|RTM_)"
 )
 """What a constant of a system's headers looks like."""
 
