@@ -196,7 +196,8 @@ class RingMachine(RuleBasedStateMachine):
         assert [(used.token, used.written) for used in got] == expected
         if limit is not None:
             self.driver_sleeps = False
-        self.patience = 0
+        if got:  # else the driver goes on waiting for as many as it asked for
+            self.patience = 0
         for used in got:
             sent = self.sent.pop(used.token)
             assert used.head == sent.head
@@ -463,6 +464,22 @@ class RingMachine(RuleBasedStateMachine):
         if hasattr(self, "device"):
             assert not self.device_sleeps or not self.waiting or self.kick_due
             assert not self.driver_sleeps or len(self.used) <= self.patience or self.call_due
+
+
+def test_a_driver_that_looks_and_finds_nothing_waits_for_as_many_as_before() -> None:
+    """This model had it wrong: it expected a call for the first of two, once in many runs."""
+    state = RingMachine()
+    state.begin(size=8, start=0, event_idx=True, indirect=False, in_order=False)
+    state.driver_adds(bad=True, count=2, kind="direct", readable=0, seed=0, writable=1)
+    state.driver_publishes(ask=False)
+    state.driver_wants_calls(delayed=True)
+    state.driver_collects(limit=None)
+    for _ in range(2):
+        state.device_pops(1)
+        state.device_publishes(ask=True)
+        state.nobody_sleeps_over_work()
+    assert not state.driver_sleeps
+    state.teardown()
 
 
 def test_any_interleaving_of_both_sides() -> None:
