@@ -1579,6 +1579,7 @@ def test_errors_that_pass_end_a_burst_that_spills(
     monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [72] + [-error] * 7))
     assert port.read_burst(room, 8) == 1
     monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [-errno.EBADFD] * 8))
+    port._short_ones = tap_linux._MANY_SHORT
     with pytest.raises(OSError, match="the tap is gone"):
         port.read_burst(room, 8)
 
@@ -1590,13 +1591,14 @@ def test_a_frame_that_may_have_been_cut_by_its_spill_is_dropped(
     """Somebody raised gso_max_size: from then on frames are read one by one, with enough room."""
     port, room = after_short_ones(namespace, tap)
     longest = tap_linux._LONGEST_SEGMENTED
-    answers = array("i", [72, 12 + longest, *[-errno.EAGAIN] * 6])
+    answers = array("i", [72, 12 + longest, 72, 72, *[-errno.EAGAIN] * 4])
     monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
-    assert port.read_burst(room, 8) == 2
-    assert list(map(len, room.order)) == [72, 12 + longest]
+    assert port.read_burst(room, 8) == 4
+    assert list(map(len, room.order)) == [72, 12 + longest, 72, 72]
     port._short_ones = tap_linux._MANY_SHORT
     answers[1] += 1
-    assert port.read_burst(room, 8) == 1
+    answers[4] = 72
+    assert port.read_burst(room, 8) == 4
     assert port.dropped == {"too long": 1}
     assert port._short_ones == tap_linux._MANY_SHORT
     monkeypatch.undo()
@@ -1618,6 +1620,24 @@ def test_as_many_as_there_are_spills_are_read_at_a_time(namespace: str, tap: Lin
     assert port.read_burst(room, 128) == 22
     assert [frame[54:] for frame in room.order] == texts
     assert len(room.lengths) == 150
+
+
+@needs_tap
+def test_where_few_come_at_a_time_they_are_read_one_by_one(namespace: str, tap: LinuxTap) -> None:
+    """To ask for eight and get one takes half as long again as to read one."""
+    port, room = after_short_ones(namespace, tap)
+    assert port.read_burst(room, 64) == 0
+    assert port._short_ones == tap_linux._MANY_SHORT, "that none came says nothing"
+    with udp_socket(namespace) as sender:
+        for number in range(40):
+            sender.sendto(b"short", (OURS, 7000))
+            receive(port, room, lambda: len(room.order) == number + 1)  # noqa: B023
+    assert len(room.lengths) == 3, "tried again after sixteen"
+    port._short_ones = tap_linux._MANY_SHORT
+    with udp_socket(namespace) as sender:
+        sender.sendto(bytes(1400), (OURS, 7000))
+        receive(port, room, lambda: len(room.order) == 41)
+    assert not port._short_ones, "after a long one it takes more of them"
 
 
 @needs_tap

@@ -114,6 +114,8 @@ _SHORT = NET_HDR_SIZE + 1514 + TAGS
 """Bytes of a frame that is not to be segmented, on most networks."""
 _MANY_SHORT = 64
 """After so many of those in a row the next are expected to be like them."""
+_WORTH_SPILLS, _ALONE = 4, 16
+"""Where fewer came at a time it was not worth it, and is tried again after so many."""
 _SPILLS = 64
 """Frames that are read together, where each may be longer than its place."""
 
@@ -517,6 +519,8 @@ class LinuxTapPort(Port):
                 self._none_waits()
                 break
         self._likely = min(max(2 * moved, _FEW), batches.COUNT)  # as many as now, or more
+        if 0 < moved < _WORTH_SPILLS:
+            self._short_ones = min(self._short_ones, _MANY_SHORT - _ALONE)
         return moved
 
     def _expects_short_ones(self) -> bool:
