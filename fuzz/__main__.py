@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,7 @@ def _libfuzzer(
         program.chmod(0o700)
         return subprocess.run(
             [program, *options],
+            env={**os.environ, "TMPDIR": temporary},  # libFuzzer ends without a word to Python
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
