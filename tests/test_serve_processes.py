@@ -19,6 +19,7 @@ from apart_world import flow_frame, is_gone, number_of, packet_socket
 from test_serve import Guest, Plug, Serve, Served, eventually, frame_of, plug, serve
 from test_serve_confined import status_of
 
+from vq.serve import parse
 from vq.testing.namespaces import Namespace
 from vq.testing.requirements import need_namespaces, need_program, need_root, need_tap
 
@@ -166,6 +167,15 @@ def test_it_makes_only_the_calls_that_are_listed(
     # Python 3.12 and newer look into /proc how many threads there are at a fork; that is refused.
     assert worker - {"clone", "openat"} <= listed, worker - listed
     served.stop()
+
+
+@pytest.mark.parametrize("words", [["--capture=x.pcapng"], ["--record=x.vqrec"], ["--processes=1"]])
+def test_who_may_not_fork_loads_nothing_that_a_filter_would_allow_it_for(words: list[str]) -> None:
+    """What the modules that are loaded list is what a confined worker may do."""
+    kind, args = parse("net", ["--socket=s", "--queue-pairs=2", *words])
+    assert kind.processes(args) == 1
+    kind, args = parse("net", ["--socket=s", "--queue-pairs=2", "--processes=3"])
+    assert kind.processes(args) == 2
 
 
 def test_a_service_that_may_not_fork_does_not(serve: Serve, plug: Plug, host: Namespace) -> None:

@@ -1711,6 +1711,7 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
     assert [len(frame) - 54 for frame in room.got] == [10, 700, 958, 20]
     assert room.got[1][54:] == b"\xbc" * 700
     assert port.dropped == {"too long": 1} and port.longest == 3022
+    assert port._longest_usual == tap_linux._LONGEST_SEGMENTED, "that is about segments"
 
 
 @needs_tap

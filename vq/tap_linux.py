@@ -438,8 +438,7 @@ class LinuxTapPort(Port):
                     vectors, first, count = places
                     length = vectors.read(self._fd, first, count)
                     if length > NET_HDR_SIZE + longest:
-                        self._longest_usual = MAX_FRAME
-                        self._too_long()
+                        self._longer_than(longest)
                         limit -= 1  # for who floods us with such, this is a burst too
                         continue
                     by_address.commit_together(length)
@@ -544,8 +543,7 @@ class LinuxTapPort(Port):
             if 0 < result <= sizes[index] and len(lengths) == index:
                 lengths.append(result)
             elif result > NET_HDR_SIZE + longest:
-                self._longest_usual = MAX_FRAME
-                self._too_long()
+                self._longer_than(longest)
             elif result > 0:
                 if result > sizes[index]:
                     self._short_ones = 0
@@ -573,6 +571,13 @@ class LinuxTapPort(Port):
         if lengths and max(lengths) > NET_HDR_SIZE + self.longest:
             self.on_truncated()  # the MTU has changed
         return lengths
+
+    def _longer_than(self, longest: int) -> None:
+        """Drops a frame that was longer than that. If that was what is usual, no more is taken for
+        granted; else the MTU has changed, and segments are what they were."""
+        if longest == self._longest_usual:
+            self._longest_usual = MAX_FRAME
+        self._too_long()
 
     def _too_long(self) -> None:
         """Drops a frame that may have been cut; the MTU has changed, or is meant to hold more."""
