@@ -82,9 +82,6 @@ BYTES_PER_TURN = 200 << 10
 acknowledges is brought to the guest, and makes room in its socket while the next are sent."""
 _MUCH = 1 << 14
 """Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
-_LITTLE = 1 << 11
-"""Bytes that a guest sends at a time whose memory it can do without for a while: acknowledgements,
-for the most part."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -334,8 +331,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        if self.on_much_moved is not None and self.stats[counter] - bytes_before >= _MUCH:
-            self.on_much_moved()
+        if self.event_loop is not None and self.stats[counter] - bytes_before >= _MUCH:
+            self.event_loop.much_was_moved()
         if self._interrupted:
             self._catch_up()
         return more
@@ -563,7 +560,7 @@ class NetDevice(Device):
             if waiting >= _WORTH_PLACES:
                 chains, sent = self._send_at_once(queue, ring, waiting)
                 if sent and self.holds(queue, ring):
-                    self.publish(queue)
+                    self.publish_without_haste(queue)
                 if not self.holds(queue, ring):
                     return False
             if not (chains or sent):
@@ -578,10 +575,7 @@ class NetDevice(Device):
                     return False
                 if burst.dropped:
                     ring.write_used_burst(burst.dropped)
-                if burst.size <= _LITTLE:
-                    self.publish_without_haste(queue)
-                else:
-                    self.publish(queue)
+                self.publish_without_haste(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
@@ -596,7 +590,7 @@ class NetDevice(Device):
             frames += sent + len(chains)
             if sent or len(chains) >= BURST:
                 continue
-            if not ring.enable_kicks():
+            if not self.rest(queue, ring):
                 return False
             ring.disable_kicks()
         return True
@@ -735,7 +729,9 @@ class NetDevice(Device):
                 if not self.holds(queue, ring):
                     return False
                 if window.flush():  # here, so that the call is part of the work that sets the pace
-                    self.publish(queue)
+                    if self.publish(queue):
+                        # Linux' driver looks what was sent when it looks what was received.
+                        self.queues[queue.index + 1].driver_looks_soon = True
                     if not self.holds(queue, ring):
                         return False
                 if expected or moved < limit:

@@ -293,6 +293,10 @@ class SplitRing:
         index = self._avail_words[1]
         return _swap16(index) if _BIG_ENDIAN else index
 
+    def anything_new(self) -> bool:
+        """Whether that is another one than where the device stands: a look that costs little."""
+        return self.avail_index != self._next_avail
+
     @property
     def burst_was_long(self) -> bool:
         """Whether the chains that were popped last were so long that a turn had better end."""
@@ -832,6 +836,11 @@ class SplitRing:
             self._used_lengths[: end - size] = lengths[first:]
 
     # --- notifications ---------------------------------------------------------------------------
+
+    @property
+    def uncalled(self) -> int:
+        """How many chains were published since `should_notify` was asked."""
+        return self._unsignalled
 
     def should_notify(self) -> bool:
         """Whether the driver wants a call for what was published since this was last asked.
