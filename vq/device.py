@@ -701,7 +701,11 @@ class Device(ABC):
         `SplitRing.enable_kicks`.
         """
         loop = self.event_loop
-        if loop is not None and loop.look_out(self._lookouts[queue.index]):
+        if (
+            loop is not None
+            and not ring.has_left_over  # a look would not see those
+            and loop.look_out(self._lookouts[queue.index])
+        ):
             return False
         return ring.enable_kicks()
 

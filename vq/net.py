@@ -557,12 +557,18 @@ class NetDevice(Device):
             chains, sent = _NONE_TAKEN
             was_long = False
             waiting = ring.waiting()
-            if waiting >= _WORTH_PLACES:
-                chains, sent = self._send_at_once(queue, ring, waiting)
-                if sent and self.holds(queue, ring):
-                    self.publish_without_haste(queue)
+            if waiting:
+                chains, sent = (
+                    self._send_alone(queue, ring)
+                    if waiting < _WORTH_PLACES
+                    else self._send_at_once(queue, ring, waiting)
+                )
                 if not self.holds(queue, ring):
                     return False
+                if sent:
+                    self.publish_without_haste(queue)
+                    if not self.holds(queue, ring):
+                        return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
                 was_long = ring.burst_was_long
@@ -588,12 +594,27 @@ class NetDevice(Device):
                 if burst.left or was_long:
                     return True  # that was more than a turn's work
             frames += sent + len(chains)
-            if sent or len(chains) >= BURST:
+            if sent > 1 or len(chains) >= BURST:
                 continue
             if not self.rest(queue, ring):
                 return False
             ring.disable_kicks()
         return True
+
+    def _send_alone(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
+        """Sends the one frame that waits, if there is nothing more to it than that.
+
+        Returns as `_send_at_once`.
+        """
+        chains = ring.pop_burst(1)
+        frame = self._frame_maker.plain(chains[0]) if len(chains) == 1 else None
+        if frame is None or not self._write(
+            self._port_index(queue), (frame,), sum(map(len, frame)) - NET_HDR_SIZE
+        ):
+            return chains, 0
+        if self.holds(queue, ring):
+            ring.write_used_burst(chains)
+        return _NONE_TAKEN[0], 1
 
     def _send_at_once(
         self, queue: Queue, ring: SplitRing, waiting: int

@@ -178,6 +178,22 @@ class FrameMaker:
         self._stats["tx_bytes"] += size
         return sent
 
+    def plain(self, chain: Chain) -> Frame | None:
+        """A chain's frame, if it leaves nothing undone and nobody has to look at it.
+
+        Else it is for `make`, whatever the reason.
+        """
+        pieces = chain.readable
+        if chain.writable or not pieces or self._responders or self.locked_mac is not None:
+            return None
+        first = pieces[0]
+        # Nothing of the header is used: the link gets one of ours, which leaves nothing undone.
+        if len(first) <= NET_HDR_SIZE or first[0] or first[1]:  # flags, gso_type
+            return None
+        if len(pieces) == 1:
+            return [PLAIN_HEADER, first[NET_HDR_SIZE:]]
+        return [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
+
     def make(self, queue: str, chains: Sequence[Chain]) -> Burst:
         """The frames in `chains`, which are of the queue of this name, and what became of others.
 
@@ -187,33 +203,22 @@ class FrameMaker:
         frames, owners = burst.frames, burst.owners
         locked = self.locked_mac is not None
         responders = self._responders
-        as_it_is = not locked and not responders
         for chain in chains:
+            frame = self.plain(chain)
+            if frame is not None:
+                frames.append(frame)
+                owners.append(chain)
+                burst.size += chain.readable_size - NET_HDR_SIZE
+                continue
             pieces = chain.readable
             if chain.writable or not pieces:
                 _misfit(burst, queue, chain)
                 continue
             first = pieces[0]
-            if (
-                as_it_is
-                and len(first) > NET_HDR_SIZE
-                and not (first[0] or first[1])  # flags, gso_type: nothing is left undone
-            ):
-                frames.append(
-                    [PLAIN_HEADER, first[NET_HDR_SIZE:]]
-                    if len(pieces) == 1
-                    else [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
-                )
-                owners.append(chain)
-                burst.size += (
-                    len(first) if len(pieces) == 1 else chain.readable_size
-                ) - NET_HDR_SIZE
-                continue
-            # The header is copied before it is looked at: what is checked is what is used. (Above
-            # nothing of it is used: the link gets a header of ours, which leaves nothing undone.)
+            # The header is copied before it is looked at: what is checked is what is used.
             if len(first) > NET_HDR_SIZE:
                 header = bytes(first[:NET_HDR_SIZE])
-                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
+                frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
             elif len(first) == NET_HDR_SIZE:
                 header = bytes(first)
                 frame = [header, *pieces[1:]]

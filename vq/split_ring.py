@@ -293,6 +293,12 @@ class SplitRing:
         index = self._avail_words[1]
         return _swap16(index) if _BIG_ENDIAN else index
 
+    @property
+    def has_left_over(self) -> bool:
+        """Whether chains wait that the driver made available before: put back here, or taken and
+        left over by an earlier device."""
+        return bool(self._undone or self._resubmit)
+
     def anything_new(self) -> bool:
         """Whether that is another one than where the device stands: a look that costs little."""
         return self.avail_index != self._next_avail
@@ -890,7 +896,7 @@ class SplitRing:
             self._store_used_word(0, 0)
         # The wish must be visible before the index is read, or both sides may go to sleep.
         fence()
-        return bool(self._undone or self._resubmit or self.waiting())
+        return self.has_left_over or self.waiting() > 0
 
     def _store_used_word(self, index: int, value: int) -> None:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
