@@ -1119,6 +1119,15 @@ def test_without_an_event_loop_that_looks_the_driver_is_to_kick(bench: Bench) ->
         assert looking.asks_for_a_kick_at == offered
 
 
+def test_what_an_earlier_device_left_over_is_not_left_to_a_look(bench: Bench) -> None:
+    looking = Looking(bench)
+    looking.device.stop_queue(0)
+    bench.offer(0, 0, 1)
+    bench.place(0, next_avail=2, resubmit=(1, 0))  # type: ignore[arg-type]
+    looking.device.notify(0)
+    assert bench.used(0) == [(1, 2), (0, 1)]
+
+
 @pytest.mark.parametrize("what", ["reset", "stopped", "broken"])
 def test_a_lookout_sees_nothing_in_a_ring_that_is_not_the_devices(bench: Bench, what: str) -> None:
     looking = Looking(bench)
