@@ -180,10 +180,10 @@ class ScriptedOutbox:
         assert all(frame[:2] == b"\0\0" for frame in whole), "nothing is left undone"
         return self._port.write_burst(frames)
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """Looks into that memory when the port does, as a kernel would."""
+        assert vectors.typecode == "Q"
+        addresses, lengths = vectors[::2], vectors[1::2]
         assert 1 <= len(counts) <= MOST_AT_ONCE and min(counts) >= 1
         assert len(addresses) == len(lengths) == sum(counts) <= MOST_PIECES and min(lengths) >= 1
         pieces = [
@@ -191,9 +191,10 @@ class ScriptedOutbox:
             for address, length in zip(addresses, lengths, strict=True)
         ]
         frames: list[Frame] = []
+        room = self.starts_address
         for number, first in enumerate(itertools.accumulate(counts[:-1], initial=0)):
-            room = addresses[first] - self.starts_address
-            assert room == number * START_ROOM and 12 <= lengths[first] <= START_ROOM
+            assert addresses[first] == room and 12 <= lengths[first] <= START_ROOM
+            room += lengths[first]
             header, *frame = pieces[first : first + counts[number]]
             frames.append([bytes(header[:12]), header[12:], *frame])
             assert 14 <= sum(map(len, frames[-1])) - 12 <= MAX_FRAME

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vq.lanes import ADDRESSES, alike, all_between, total
+from vq.lanes import ADDRESSES, alike, all_between, ranges_moved, total
 
 MOST = (1 << 64) - 1
 EDGES = (0, 1, 0x7FFF, (1 << 63) - 1, 1 << 63, MOST - 1, MOST)
@@ -72,3 +73,44 @@ def test_alike_and_total_are_what_they_say(numbers: list[int]) -> None:
     for column in (numbers, numbers[:1] * len(numbers)):
         assert alike(array("I", column)) is (len(set(column)) == 1)
         assert total(array("I", column)) == sum(column)
+
+
+@st.composite
+def ranges_near(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int]:
+    """Addresses with lengths, and between which two addresses most of them lie, some just so."""
+    low = draw(st.sampled_from((0, 1, 0x100000, 1 << 63)) | st.integers(0, MOST - 1))
+    high = low + draw(st.sampled_from((1, 2, 0x10000, 1 << 31)) | st.integers(1, MOST - low))
+    high = min(high, MOST)
+    good = st.integers(low, high - 1).flatmap(
+        lambda first: st.tuples(
+            st.just(first), st.integers(1, min(high - first, (1 << 32) - 1)) | st.just(1)
+        )
+    )
+    up_to_high = st.integers(max(low, high - 0xFFFFFFFF), high - 1).map(lambda n: (n, high - n))
+    ranges = draw(st.lists(good | up_to_high, min_size=1, max_size=40))
+    odd = st.tuples(
+        st.sampled_from((low, max(low - 1, 0), high, high - 1, 0, MOST)) | st.integers(0, MOST),
+        st.sampled_from((0, 1, 2, (1 << 32) - 1)) | st.integers(0, (1 << 32) - 1),
+    )
+    for place, other in draw(st.lists(st.tuples(st.integers(0, 39), odd), max_size=1)):
+        ranges.insert(place, other)
+    return ranges, low, high
+
+
+@settings(max_examples=300)
+@given(ranges_near(), st.sampled_from((0, 0x20005, 0xFFFFFFFF)), st.data())
+def test_ranges_are_moved_if_all_of_them_lie_between_two_addresses(
+    case: tuple[list[tuple[int, int]], int, int], above: int, data: st.DataObject
+) -> None:
+    """And none of them is empty. What stands above a length has no meaning."""
+    ranges, low, high = case
+    distance = data.draw(st.integers(-low, MOST - high) | st.sampled_from((-low, MOST - high)))
+    words = b"".join(struct.pack("<QII", first, length, above) for first, length in ranges)
+    count = len(ranges)
+    moved = ranges_moved(int.from_bytes(words, "little"), count, low, high, distance)
+    if not all(low <= first and 0 < length <= high - first for first, length in ranges):
+        assert moved is None
+        return
+    assert moved is not None
+    got = struct.iter_unpack("<QQ", moved.to_bytes(16 * count, "little"))
+    assert list(got) == [(first + distance, length) for first, length in ranges]

@@ -321,19 +321,20 @@ class RingMachine(RuleBasedStateMachine):
             token = self.waiting.pop(0)
             sent = self.sent[token]
             assert run.heads[index] == sent.head
-            pieces = slice(at, at + run.counts[index])
-            places = zip(run.addresses[pieces], run.lengths[pieces], strict=True)
+            vectors = run.vectors[at : at + 2 * run.counts[index]]
+            places = zip(vectors[::2], vectors[1::2], strict=True)
             assert b"".join(ctypes.string_at(*place) for place in places) == sent.readable
-            at = pieces.stop
+            assert run.sizes[index] == len(sent.readable)
+            at += len(vectors)
             self.order.append(token)
             if index < use:
                 self.give_back(token, 0)
             else:
                 popped.append(token)
-        assert at == len(run.addresses) == len(run.lengths)
+        assert at == len(run.vectors)
         run.give_back(min(use, count))
         chains = run.to_chains()
-        assert not run and not run.addresses and not run.lengths and not run.counts
+        assert not run and not run.vectors and not run.sizes and not run.counts
         pairs = list(zip(popped, chains, strict=True))
         for token, chain in pairs:
             assert b"".join(map(bytes, chain.readable)) == self.sent[token].readable

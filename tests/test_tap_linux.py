@@ -1169,7 +1169,8 @@ def send_in_place(
         lengths += map(len, (start, *pieces))
         if missing is not None and missing[0] == number:
             addresses[missing[1] - 1 - len(pieces)] = NOWHERE
-    return outbox.send_in_place(addresses, lengths, [len(frame) for frame in frames])
+    vectors = array("Q", itertools.chain.from_iterable(zip(addresses, lengths, strict=True)))
+    return outbox.send_in_place(vectors, [len(frame) for frame in frames])
 
 
 def cut_up(data: bytes, *places: int) -> list[bytes]:

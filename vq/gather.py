@@ -34,12 +34,16 @@ class IoVectors:
     stored as they are, which is the fastest.
     """
 
+    SIZE = 2 * ctypes.sizeof(ctypes.c_void_p)
+    """Bytes of each."""
+
     def __init__(self, count: int) -> None:
         memory = (ctypes.c_ubyte * (2 * _WORD * count))()
         self.address = ctypes.addressof(memory)
         self.count = count
         view = memoryview(memory).cast("B")
-        self._addresses = (view.cast("Q") if _WORD == 8 else view.cast("I"))[::2]
+        self._words = view.cast("Q") if _WORD == 8 else view.cast("I")
+        self._addresses = self._words[::2]
         self._lengths = view.cast("I")[_LENGTH :: _WORD // 2]
 
     def places(self, counts: Sequence[int]) -> array[int]:
@@ -52,6 +56,10 @@ class IoVectors:
         end = first + len(addresses)
         self._addresses[first:end] = _column(_WORD_CODE, addresses)
         self._lengths[first:end] = _column("I", lengths)
+
+    def store(self, vectors: array[int]) -> None:
+        """Stores pieces from the first on: their addresses and lengths in turn ("Q")."""
+        self._words[: len(vectors)] = vectors if _WORD == 8 else array("I", vectors)
 
     def read(self, fd: int, first: int, count: int) -> int:
         """readv(2) into `count` pieces from number `first` on; returns how many bytes it read.

@@ -14,7 +14,7 @@ import sys
 from array import array
 from functools import lru_cache
 
-__all__ = ["ADDRESSES", "Lanes", "alike", "all_between", "total"]
+__all__ = ["ADDRESSES", "Lanes", "alike", "all_between", "ranges_moved", "total"]
 
 
 class Lanes:
@@ -61,12 +61,45 @@ class Lanes:
         return ((1 << self._bits * count) - 1) // ((1 << self._bits) - 1)
 
 
+_RANGE = 128  # bits of a range's lane: its address in 64 of them, above that its length in 32
+_HALF = 1 << _RANGE - 1
+
+
+def ranges_moved(ranges: int, count: int, low: int, high: int, distance: int) -> int | None:
+    """So many ranges of memory with `distance` added to each address.
+
+    Each has a lane of 128 bits: the address in the lower 64 bits, the length in the next 32; what
+    stands above that is left out. None unless all of them lie between `low` and `high`, which is
+    the first address behind, and none is empty. The addresses must not leave their bits.
+    """
+    kept, half, from_low, not_empty, up_to_high, moves = _range_lanes(count, low, high, distance)
+    ranges &= kept[0]
+    addresses, lengths = ranges & kept[1], ranges >> 64 & kept[1]
+    # The highest bit of a lane says for each sum and difference whether that is so.
+    good = addresses + from_low & lengths + not_empty & up_to_high - addresses - lengths
+    return ranges + moves if good & half == half else None
+
+
+@lru_cache(maxsize=256)
+def _range_lanes(
+    count: int, low: int, high: int, distance: int
+) -> tuple[tuple[int, int], int, int, int, int, int]:
+    """What `ranges_moved` calculates with, in each of so many lanes."""
+    ones = ((1 << _RANGE * count) - 1) // ((1 << _RANGE) - 1)
+    kept = ((1 << 96) - 1) * ones, ((1 << 64) - 1) * ones
+    up_to_high = (_HALF + high) * ones
+    return kept, _HALF * ones, (_HALF - low) * ones, (_HALF - 1) * ones, up_to_high, distance * ones
+
+
 ADDRESSES = Lanes(64)
 _RESULTS = Lanes(32)
+_FEW = 6  # numbers, which are quicker looked at one by one
 
 
 def all_between(numbers: array[int], low: int, high: int) -> bool:
     """Whether all of the 32-bit numbers, signed ones too, are from `low` (0 at least) to `high`."""
+    if len(numbers) <= _FEW:
+        return low <= min(numbers) and max(numbers) <= high
     if alike(numbers):
         return low <= numbers[0] <= high
     return _RESULTS.between(_RESULTS.column(numbers), len(numbers), low, high)

@@ -152,17 +152,16 @@ class Outbox(Protocol):
         Their headers leave nothing undone, and no frame is too short.
         """
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """Sends frames out of the memory that they lie in; returns how many it dealt with, as
         `Port.write_burst` does.
 
-        `addresses` (host-virtual) and `lengths` (bytes) are of pieces, one frame's behind the
-        other's, and `counts` says how many pieces each frame has: at most `MOST_AT_ONCE` frames, of
-        `MOST_PIECES` pieces in all. A frame begins with its net header, which was checked and is
-        private, and is neither too short nor longer than `MAX_FRAME`. Nothing of that memory is
-        looked at after the call. Raises `OSError` when the link is gone.
+        `vectors` has two items for each piece ("Q"), its address (host-virtual) and its length in
+        bytes, one frame's behind the other's, and `counts` says how many pieces each frame has: at
+        most `MOST_AT_ONCE` frames, of `MOST_PIECES` pieces in all. A frame begins with its net
+        header, which was checked and is private, and is neither too short nor longer than
+        `MAX_FRAME`. Nothing of that memory is looked at after the call. Raises `OSError` when the
+        link is gone.
         """
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import add
 
 from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vq.errors import AddressError
-from vq.lanes import ADDRESSES, alike
+from vq.lanes import ADDRESSES, alike, ranges_moved
 from vq.memory import address_of, order_loads
 from vq.split_ring import Chain, SplitRing
 
@@ -247,9 +247,10 @@ class TableRun:
 
     So a driver sends what lies in many places. All is in one region, and each table's descriptors
     follow one another; a chain of one buffer without a table is taken too. Chain by chain, oldest
-    first, `heads` and `counts` say what is held, `counts` how many buffers each chain has; buffer
-    by buffer `addresses` (host-virtual) and `lengths` (in bytes). They are the ring's own
-    copies, checked as `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
+    first, `heads`, `counts` and `sizes` say what is held: how many buffers each chain has, and how
+    many bytes. `vectors` has two items for each buffer ("Q"), as `struct iovec` has: its address
+    (host-virtual) and its length in bytes. They are the ring's own copies, checked as
+    `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
 
     What is not of this kind is left to that, bad chains too. While something is held here it must
     not be called: `to_chains` first. With IN_ORDER nothing is taken while the device holds a
@@ -260,10 +261,10 @@ class TableRun:
     """Buffers that are held at most, of all chains together."""
 
     def __init__(self, ring: SplitRing) -> None:
-        self.heads = array("I")
+        self.heads: list[int] = []
         self.counts: list[int] = []
-        self.addresses: list[int] = []
-        self.lengths: list[int] = []
+        self.sizes: list[int] = []
+        self.vectors = array("Q")
         self._ring = ring
         self._region = ring._window
         self.base = ring.memory.hvaddr(self._region[0])
@@ -289,46 +290,42 @@ class TableRun:
         """
         if self.heads:
             return 0
-        ring = self._ring
-        entries = _next_entries(ring, limit).tolist()
-        heads, addresses, lengths = self._read(entries, enough_bytes)
-        if not heads:
+        ring, counts, sizes = self._ring, self.counts, self.sizes
+        taken, tables = self._read(_next_entries(ring, limit).tolist(), enough_bytes)
+        if not taken:
             return 0
         start, room, _ = self._region
-        if (
-            min(addresses) < start
-            or max(map(add, addresses, lengths)) > start + room
-            or not min(lengths)
-            or sum(lengths) > _MOST_BYTES
-        ):
-            self.counts.clear()
+        count = sum(counts)
+        column = int.from_bytes(b"".join(tables), "little")
+        vectors = ranges_moved(column, count, start, start + room, self.base - start)
+        if vectors is None or sum(sizes) > _MOST_BYTES:
+            for head in taken:
+                ring._outstanding[head] = None
+            counts.clear()
+            sizes.clear()
             return 0
-        outstanding, shift = ring._outstanding, self.base - start
-        for head in heads:
-            outstanding[head] = self
-        self.heads.extend(heads)
-        self.addresses = [address + shift for address in addresses]
-        self.lengths = lengths
-        ring._next_avail = (ring._next_avail + len(heads)) & 0xFFFF
+        self.heads = taken
+        self.vectors = array("Q", vectors.to_bytes(16 * count, "little"))
+        ring._next_avail = (ring._next_avail + len(taken)) & 0xFFFF
         if ring._inflight_log is not None:
-            ring._inflight_log.popped(heads)
-        return len(heads)
+            ring._inflight_log.popped(taken)
+        return len(taken)
 
-    def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[int], list[int]]:
+    def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[bytes]]:
         """Reads descriptors and tables, each once, up to a chain of another kind or enough bytes.
 
-        Returns the heads before that, and the addresses and lengths that were read, which are not
-        checked yet.
+        Returns the heads before that, which are outstanding from now on, and copies of their
+        descriptors, where addresses and lengths are not checked yet.
         """
-        ring = self._ring
-        outstanding, table, size, counts = ring._outstanding, ring._table, ring.size, self.counts
+        ring, counts, sizes = self._ring, self.counts, self.sizes
+        outstanding, table, size = ring._outstanding, ring._table, ring.size
         most = min(_MOST_IN_TABLE, size) if ring._indirect else 0
         start, room, memory = self._region
-        addresses: list[int] = []
-        lengths: list[int] = []
         taken: list[int] = []
+        tables: list[bytes] = []
+        pieces = 0
         for head in heads:
-            if head >= size or outstanding[head] is not None or head in taken:
+            if head >= size or outstanding[head] is not None:
                 break
             address, length, flags, _ = _DESCRIPTOR.unpack_from(table, head << 4)
             if flags == DESC_F_INDIRECT:
@@ -342,26 +339,26 @@ class TableRun:
                     offset = address - start
                     if not 0 <= offset <= room - length:
                         break
-                layout, flags_in_turn, next_in_turn = _in_turn(count)
-                fields = layout.unpack_from(memory, offset)
-                if fields[2::4] != flags_in_turn or fields[3:-1:4] != next_in_turn:
+                copy, lengths, fixed, in_turn = _in_turn(count)
+                (descriptors,) = copy(memory, offset)
+                if int.from_bytes(descriptors, "little") & fixed != in_turn:
                     break
-                addresses += fields[::4]
-                sizes = fields[1::4]
-                lengths += sizes
-                enough_bytes -= sum(sizes)
+                length = sum(lengths(descriptors))
             elif flags:
                 break
             else:
                 count = 1
-                addresses.append(address)
-                lengths.append(length)
-                enough_bytes -= length
-            counts.append(count)
+                descriptors = _DESCRIPTOR.pack(address, length, 0, 0)
+            outstanding[head] = self
             taken.append(head)
-            if enough_bytes <= 0 or len(addresses) > self.most_pieces - _MOST_IN_TABLE:
+            counts.append(count)
+            sizes.append(length)
+            tables.append(descriptors)
+            pieces += count
+            enough_bytes -= length
+            if enough_bytes <= 0 or pieces > self.most_pieces - _MOST_IN_TABLE:
                 break
-        return taken, addresses, lengths
+        return taken, tables
 
     def _move(self, address: int) -> tuple[int, int, memoryview]:
         """Has all be in the region around a guest-physical address, if there is one there."""
@@ -376,34 +373,34 @@ class TableRun:
         """
         if not count:
             return
-        heads = self.heads[:count]
-        pieces = sum(self.counts[:count])
-        del self.heads[:count], self.counts[:count]
-        del self.addresses[:pieces], self.lengths[:pieces]
-        _let_go(self._ring, heads)
-        self._ring._write_elements(heads, _NOTHING_WRITTEN[:count])
+        ring, heads = self._ring, self.heads[:count]
+        del self.vectors[: 2 * sum(self.counts[:count])]
+        del self.heads[:count], self.counts[:count], self.sizes[:count]
+        outstanding = ring._outstanding
+        for head in heads:
+            outstanding[head] = None
+        ring._write_unwritten(heads)
 
     def to_chains(self) -> list[Chain]:
         """Goes over to chains: they are outstanding in place of what the run held."""
-        ring, view, at = self._ring, self._region[2], 0
+        if not self.heads:
+            return []
+        ring, view, base, at = self._ring, self._region[2], self.base, 0
         chains: list[Chain] = []
         for head, count in zip(self.heads, self.counts, strict=True):
             buffers = []
-            for index in range(at, at + count):
-                offset = self.addresses[index] - self.base
-                buffers.append(view[offset : offset + self.lengths[index]])
-            at += count
+            for index in range(at, at + 2 * count, 2):
+                offset = self.vectors[index] - base
+                buffers.append(view[offset : offset + self.vectors[index + 1]])
+            at += 2 * count
             chain = Chain(head, buffers, _NO_VIEWS)
             ring._outstanding[head] = chain
             chains.append(chain)
         if ring._in_order:
             ring._order.extend(chains)
-        for column in (self.heads, self.counts, self.addresses, self.lengths):
+        for column in (self.heads, self.counts, self.sizes, self.vectors):
             del column[:]
         return chains
-
-
-_NOTHING_WRITTEN = array("I", bytes(4 * TableRun.most_pieces))  # no chain is without a buffer
 
 
 def _next_entries(ring: SplitRing, limit: int) -> memoryview:
@@ -432,8 +429,20 @@ def _let_go(ring: SplitRing, heads: array[int]) -> None:
 
 
 @lru_cache(maxsize=_MOST_IN_TABLE)
-def _in_turn(count: int) -> tuple[struct.Struct, tuple[int, ...], tuple[int, ...]]:
-    """A table of so many descriptors that follow one another: its layout, the flags, and the next
-    fields of all but the last."""
-    flags = (DESC_F_NEXT,) * (count - 1) + (0,)
-    return struct.Struct("<" + "QIHH" * count), flags, tuple(range(1, count))
+def _in_turn(
+    count: int,
+) -> tuple[Callable[..., tuple[bytes]], Callable[..., tuple[int, ...]], int, int]:
+    """A table of so many descriptors that follow one another.
+
+    What copies it, what gives all lengths out of the copy, which bits of it are always the same,
+    and what they are: the flags, and the next fields of all but the last.
+    """
+    copy, lengths = struct.Struct(f"{16 * count}s"), struct.Struct("<" + "8xI4x" * count)
+    fixed = _DESCRIPTOR.pack(0, 0, 0xFFFF, 0xFFFF) * (count - 1) + _DESCRIPTOR.pack(0, 0, 0xFFFF, 0)
+    chained = [_DESCRIPTOR.pack(0, 0, DESC_F_NEXT, following) for following in range(1, count)]
+    return (
+        copy.unpack_from,
+        lengths.unpack,
+        int.from_bytes(fixed, "little"),
+        int.from_bytes(b"".join(chained), "little"),
+    )

@@ -188,6 +188,7 @@ class SplitRing:
         self._flags = self._table.cast("H")[6::8]
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
+        self._elements = self._used[4 : 4 + 8 * size].cast("Q")
         # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
         self._heads = array("I", range(size))
         self._words_in_turn = array("H", range(size)).tobytes()
@@ -830,6 +831,22 @@ class SplitRing:
             self._used_ids[slot:], self._used_ids[: end - size] = ids[:first], ids[first:]
             self._used_lengths[slot:] = lengths[:first]
             self._used_lengths[: end - size] = lengths[first:]
+
+    def _write_unwritten(self, heads: Sequence[int]) -> None:
+        """Writes used elements of chains to which nothing was written, one for each head."""
+        size = self.size
+        slot = self._next_used & (size - 1)
+        end = slot + len(heads)
+        self._next_used = (self._next_used + len(heads)) & 0xFFFF
+        if self._resubmitted:
+            self._resubmitted.difference_update(heads)
+        self._unpublished.extend(heads)
+        elements = _little_endian(array("Q", heads))
+        if end <= size:
+            self._elements[slot:end] = elements
+        else:
+            first = size - slot
+            self._elements[slot:], self._elements[: end - size] = elements[:first], elements[first:]
 
     # --- notifications ---------------------------------------------------------------------------
 

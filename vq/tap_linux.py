@@ -190,15 +190,17 @@ class _Batches:
         self._prepare(lengths)
         return self.ring.submit(0, len(lengths))
 
-    def write_pieces(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> array[int]:
+    def write_pieces(self, vectors: array[int], counts: Sequence[int]) -> array[int]:
         """Writes frames of so many pieces each; returns the kernel's answers."""
-        self._pieces.put(0, addresses, lengths)
-        first, count = 2 * self.COUNT, len(counts)
-        self.ring.addresses[first : first + count] = self._pieces.places(counts)
-        self.ring.lengths[first : first + count] = array("I", counts)
-        return self.ring.submit(first, count)
+        self._pieces.store(vectors)
+        addresses, lengths = self.ring.addresses, self.ring.lengths
+        entry = first = 2 * self.COUNT
+        place = self._pieces.address
+        for count in counts:  # they are few, mostly
+            addresses[entry], lengths[entry] = place, count
+            place += IoVectors.SIZE * count
+            entry += 1
+        return self.ring.submit(first, len(counts))
 
     def _prepare(self, lengths: array[int]) -> None:
         """Has the entries for writing name frames of these lengths."""
@@ -283,15 +285,13 @@ class _TapOutbox:
             return len(lengths)
         return self._dealt_with(lambda: self._batches.write(lengths))
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """See `vq.link.Outbox.send_in_place`."""
         port = self._port
         if not port.active:
             port.dropped["inactive"] += len(counts)
             return len(counts)
-        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts))
+        return self._dealt_with(lambda: self._batches.write_pieces(vectors, counts))
 
     def _dealt_with(self, write: Callable[[], array[int]]) -> int:
         """Has frames written, and sees to those that were not."""
