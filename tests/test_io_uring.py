@@ -237,3 +237,28 @@ def test_a_process_that_shares_a_ring_and_dies_in_the_middle_leaves_nothing_behi
     with pytest.raises(BlockingIOError):
         far.recv(100)
     requests.close()
+
+
+def test_a_call_that_was_interrupted_is_made_again(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    buffers = point(requests, 0, [b"one", b"two"])
+    syscall, failures = requests._syscall, [errno.EINTR, errno.EINTR]
+
+    def interrupted(*arguments: object) -> int:
+        if not failures:
+            return int(syscall(*arguments))
+        ctypes.set_errno(failures.pop())
+        return -1
+
+    monkeypatch.setattr(requests, "_syscall", interrupted)
+    assert requests.submit(0, 2).tolist() == [3, 3] and buffers
+    assert [far.recv(9), far.recv(9)] == [b"one", b"two"] and not failures
+    failures.append(errno.EPERM)
+    with pytest.raises(PermissionError):
+        requests.submit(0, 2)
+    assert requests.submit(0, 1).tolist() == [3]
+    monkeypatch.undo()
+    requests.close()

@@ -837,3 +837,17 @@ def test_a_chain_given_back_by_a_run_of_tables_has_a_position_again(guest: Guest
     chains = ring.pop_burst(8)
     ring.undo_pop(chains)
     assert len(chains) == 1 and ring.left_over == [] and ring.next_avail == 0x8000
+
+
+def test_a_run_of_tables_follows_the_ring_into_another_region(guest: Guest) -> None:
+    """For buffers without a table; one run serves a queue for as long as there is a ring."""
+    ring = guest.ring(INDIRECT)
+    run = TableRun(ring)
+    guest.desc(0, THIRD, 16)
+    guest.desc(1, THIRD + 0x100, 16)
+    guest.offer(0)
+    assert run.pop(8) == 0
+    ring.push_burst(ring.pop_burst(8))
+    guest.offer(1)
+    assert run.pop(8) == 1 and run.base == guest.memory.hvaddr(THIRD)
+    assert bytes(run.memory) == bytes(guest.memory.region_at(THIRD).view)

@@ -151,7 +151,13 @@ class RequestRing:
         """
         words = self._words
         tail = words[self._tail]
-        _put(self._order, tail & (self._size - 1), self._numbers[first : first + count])
+        slot = tail & (self._size - 1)
+        if slot + count <= self._size:
+            self._order[slot : slot + count] = self._numbers[first : first + count]
+        else:
+            before = self._size - slot
+            self._order[slot:] = self._numbers[first : first + before]
+            self._order[: count - before] = self._numbers[first + before : first + count]
         words[self._tail] = (tail + count) & 0xFFFFFFFF
         try:
             started = self._enter(count, 0, 0)
@@ -197,10 +203,12 @@ class RequestRing:
 
     def _enter(self, submit: int, wait: int, flags: int) -> int:
         while True:
-            try:
-                return self._call(_ENTER, self._fd, submit, wait, flags, None, 0)
-            except InterruptedError:
-                continue
+            result: int = self._syscall(_ENTER, self._fd, submit, wait, flags, None, 0)
+            if result >= 0:
+                return result
+            error = _failure()
+            if error.errno != errno.EINTR:
+                raise error
 
     def _register(self, operation: int, argument: bytes | None, count: int) -> None:
         self._call(_REGISTER, self._fd, operation, argument, count)
@@ -208,16 +216,11 @@ class RequestRing:
     def _call(self, number: int, *arguments: object) -> int:
         result: int = self._syscall(number, *arguments)
         if result < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"io_uring: {os.strerror(code)}")
+            raise _failure()
         return result
 
 
-def _put(ring: memoryview, slot: int, items: memoryview) -> None:
-    """Stores items from `slot` on, round the end of the ring."""
-    end = slot + len(items)
-    if end <= len(ring):
-        ring[slot:end] = items
-    else:
-        first = len(ring) - slot
-        ring[slot:], ring[: end - len(ring)] = items[:first], items[first:]
+def _failure() -> OSError:
+    """What the last call failed with."""
+    code = ctypes.get_errno()
+    return OSError(code, f"io_uring: {os.strerror(code)}")

@@ -269,6 +269,7 @@ class NetDevice(Device):
         self._windows: dict[int, ReceiveWindow] = {}
         self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
+        self._tables: dict[int, TableRun] = {}  # they hold nothing between two bursts
         for watch in self.watches:
             watch.want(reading=False, writing=False)
         forgotten = self.link.forget_waiting()
@@ -283,6 +284,7 @@ class NetDevice(Device):
             return  # the control queue, or one of a pair that was not negotiated
         if queue.index % 2:
             self._backlogs[queue.index] = deque()
+            self._tables[queue.index] = TableRun(queue.ring)
         else:
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
@@ -311,6 +313,7 @@ class NetDevice(Device):
         window = self._windows.pop(queue.index, None)
         if window is not None:
             window.drop_pending("queue stopped")
+        self._tables.pop(queue.index, None)
         backlog = self._backlogs.pop(queue.index, None)
         if backlog:
             self.stats["tx_dropped: queue stopped"] += len(backlog)
@@ -622,7 +625,7 @@ class NetDevice(Device):
             if sent or run:
                 return run.to_chains(), sent
         if maker.takes_place_way():
-            tables = TableRun(ring)
+            tables = self._tables[queue.index]
             tables.pop(BURST, BYTES_PER_TURN)
             sent = self._send_run(port_index, tables, maker.send_in_place, outbox)
             if not self.holds(queue, ring):

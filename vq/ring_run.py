@@ -266,6 +266,7 @@ class TableRun:
         self.sizes: list[int] = []
         self.vectors = array("Q")
         self._ring = ring
+        self._most_in_table = min(_MOST_IN_TABLE, ring.size) if ring._indirect else 0
         self._region = ring._window
         self.base = ring.memory.hvaddr(self._region[0])
         """Where the region's first byte is, host-virtual."""
@@ -291,6 +292,8 @@ class TableRun:
         if self.heads:
             return 0
         ring, counts, sizes = self._ring, self.counts, self.sizes
+        if self._region is not ring._window:  # where the last buffer was found
+            self._look_into(ring._window)
         taken, tables = self._read(_next_entries(ring, limit).tolist(), enough_bytes)
         if not taken:
             return 0
@@ -319,7 +322,7 @@ class TableRun:
         """
         ring, counts, sizes = self._ring, self.counts, self.sizes
         outstanding, table, size = ring._outstanding, ring._table, ring.size
-        most = min(_MOST_IN_TABLE, size) if ring._indirect else 0
+        most = self._most_in_table
         start, room, memory = self._region
         taken: list[int] = []
         tables: list[bytes] = []
@@ -335,7 +338,8 @@ class TableRun:
                 if not 0 <= offset <= room - length:
                     if taken:
                         break
-                    start, room, memory = self._move(address)
+                    self._look_into(ring._move_window(address))
+                    start, room, memory = self._region
                     offset = address - start
                     if not 0 <= offset <= room - length:
                         break
@@ -360,11 +364,10 @@ class TableRun:
                 break
         return taken, tables
 
-    def _move(self, address: int) -> tuple[int, int, memoryview]:
-        """Has all be in the region around a guest-physical address, if there is one there."""
-        self._region = self._ring._move_window(address)
-        self.base = self._ring.memory.hvaddr(self._region[0])
-        return self._region
+    def _look_into(self, region: tuple[int, int, memoryview]) -> None:
+        """Has all be in another region."""
+        self._region = region
+        self.base = self._ring.memory.hvaddr(region[0])
 
     def give_back(self, count: int) -> None:
         """Writes the used elements of the first `count` chains: nothing was written to them.
