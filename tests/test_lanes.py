@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vq.lanes import ADDRESSES, alike, all_between, ranges_moved, total
+from vq.lanes import ADDRESSES, Ranges, alike, all_between, total
 
 MOST = (1 << 64) - 1
 EDGES = (0, 1, 0x7FFF, (1 << 63) - 1, 1 << 63, MOST - 1, MOST)
@@ -107,10 +107,49 @@ def test_ranges_are_moved_if_all_of_them_lie_between_two_addresses(
     distance = data.draw(st.integers(-low, MOST - high) | st.sampled_from((-low, MOST - high)))
     words = b"".join(struct.pack("<QII", first, length, above) for first, length in ranges)
     count = len(ranges)
-    moved = ranges_moved(int.from_bytes(words, "little"), count, low, high, distance)
+    mover, column = Ranges(low, high, distance), int.from_bytes(words, "little")
+    moved = mover.moved(column, count)
+    assert mover.moved(column, count) == moved
     if not all(low <= first and 0 < length <= high - first for first, length in ranges):
         assert moved is None
         return
     assert moved is not None
     got = struct.iter_unpack("<QQ", moved.to_bytes(16 * count, "little"))
     assert list(got) == [(first + distance, length) for first, length in ranges]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("first", "length", "good"),
+    [
+        (0x1000, 1, True),
+        (0xFFF, 1, False),
+        (0xFFF, 0x1001, False),
+        (0x1FFF, 1, True),
+        (0x1FFF, 2, False),
+        (0x2000, 1, False),
+        (0x1000, 0x1000, True),
+        (0x1000, 0x1001, False),
+        (0x1800, 0, False),
+        (0x1800, 0xFFFFFFFF, False),
+        (MOST, 1, False),
+    ],
+)
+def test_one_range_that_does_not_lie_there_is_enough(
+    first: int, length: int, good: bool, at: int
+) -> None:
+    ranges = [(0x1100, 0x100)] * 3
+    ranges[at] = first, length
+    words = b"".join(struct.pack("<QQ", *each) for each in ranges)
+    moved = Ranges(0x1000, 0x2000, 0).moved(int.from_bytes(words, "little"), 3)
+    assert moved == (int.from_bytes(words, "little") if good else None)
+
+
+def test_no_more_is_remembered_of_ranges_than_some_kilobytes_each() -> None:
+    """Whoever writes descriptors chooses how many there are."""
+    mover = Ranges(0, 1 << 32, 0)
+    for count in (*range(1, 200), 1000):
+        column = int.from_bytes(struct.pack("<QQ", 5, 6) * count, "little")
+        assert mover.moved(column, count) == column
+    kept = sum(number.bit_length() // 8 for lanes in mover._lanes.values() for number in lanes)
+    assert max(mover._lanes) < 200 and kept < 1 << 20

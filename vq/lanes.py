@@ -14,7 +14,7 @@ import sys
 from array import array
 from functools import lru_cache
 
-__all__ = ["ADDRESSES", "Lanes", "alike", "all_between", "ranges_moved", "total"]
+__all__ = ["ADDRESSES", "Lanes", "Ranges", "alike", "all_between", "total"]
 
 
 class Lanes:
@@ -61,34 +61,44 @@ class Lanes:
         return ((1 << self._bits * count) - 1) // ((1 << self._bits) - 1)
 
 
-_RANGE = 128  # bits of a range's lane: its address in 64 of them, above that its length in 32
-_HALF = 1 << _RANGE - 1
+_RANGE = 128  # bits
+_MOST_FILLED = 128
+"""More lanes than that are filled each time: to remember all such numbers could take megabytes."""
 
 
-def ranges_moved(ranges: int, count: int, low: int, high: int, distance: int) -> int | None:
-    """So many ranges of memory with `distance` added to each address.
+class Ranges:
+    """Ranges of memory that are to lie from `low` on up to `high`, which is the first address
+    behind; there every address is known by another number too, which is `distance` more.
 
-    Each has a lane of 128 bits: the address in the lower 64 bits, the length in the next 32; what
-    stands above that is left out. None unless all of them lie between `low` and `high`, which is
-    the first address behind, and none is empty. The addresses must not leave their bits.
+    Each range has a lane of 128 bits: the address in the lower 64 bits, the length in the next 32;
+    what stands above that is left out. With the distance added no such address leaves its bits.
     """
-    kept, half, from_low, not_empty, up_to_high, moves = _range_lanes(count, low, high, distance)
-    ranges &= kept[0]
-    addresses, lengths = ranges & kept[1], ranges >> 64 & kept[1]
-    # The highest bit of a lane says for each sum and difference whether that is so.
-    good = addresses + from_low & lengths + not_empty & up_to_high - addresses - lengths
-    return ranges + moves if good & half == half else None
 
+    def __init__(self, low: int, high: int, distance: int) -> None:
+        self._low, self._high, self._distance = low, high, distance
+        self._lanes: dict[int, tuple[int, ...]] = {}
 
-@lru_cache(maxsize=256)
-def _range_lanes(
-    count: int, low: int, high: int, distance: int
-) -> tuple[tuple[int, int], int, int, int, int, int]:
-    """What `ranges_moved` calculates with, in each of so many lanes."""
-    ones = ((1 << _RANGE * count) - 1) // ((1 << _RANGE) - 1)
-    kept = ((1 << 96) - 1) * ones, ((1 << 64) - 1) * ones
-    up_to_high = (_HALF + high) * ones
-    return kept, _HALF * ones, (_HALF - low) * ones, (_HALF - 1) * ones, up_to_high, distance * ones
+    def moved(self, ranges: int, count: int) -> int | None:
+        """So many ranges by their other addresses; None unless all lie there and none is empty."""
+        lanes = self._lanes.get(count) or self._fill(count)
+        half, address, length, from_low, not_empty, up_to_high, distance = lanes
+        addresses, lengths = ranges & address, ranges >> 64 & length
+        # The highest bit of a lane says for each sum and difference whether that is so.
+        good = addresses + from_low & lengths + not_empty & up_to_high - addresses - lengths & half
+        return addresses + distance + (lengths << 64) if good == half else None
+
+    def _fill(self, count: int) -> tuple[int, ...]:
+        """What `moved` calculates with, in each of so many lanes."""
+        half = 1 << _RANGE - 1
+        ones = ((1 << _RANGE * count) - 1) // ((1 << _RANGE) - 1)
+        in_one = (
+            *(half, (1 << 64) - 1, (1 << 32) - 1),
+            *(half - self._low, half - 1, half + self._high, self._distance),
+        )
+        lanes = tuple(number * ones for number in in_one)
+        if count <= _MOST_FILLED:
+            self._lanes[count] = lanes
+        return lanes
 
 
 ADDRESSES = Lanes(64)
@@ -99,7 +109,8 @@ _FEW = 6  # numbers, which are quicker looked at one by one
 def all_between(numbers: array[int], low: int, high: int) -> bool:
     """Whether all of the 32-bit numbers, signed ones too, are from `low` (0 at least) to `high`."""
     if len(numbers) <= _FEW:
-        return low <= min(numbers) and max(numbers) <= high
+        few = numbers.tolist()
+        return low <= min(few) and max(few) <= high
     if alike(numbers):
         return low <= numbers[0] <= high
     return _RESULTS.between(_RESULTS.column(numbers), len(numbers), low, high)

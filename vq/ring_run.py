@@ -17,7 +17,7 @@ from operator import add
 
 from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vq.errors import AddressError
-from vq.lanes import ADDRESSES, alike, ranges_moved
+from vq.lanes import ADDRESSES, Ranges, alike
 from vq.memory import address_of, order_loads
 from vq.split_ring import Chain, SplitRing
 
@@ -259,6 +259,8 @@ class TableRun:
 
     most_pieces = 1024
     """Buffers that are held at most, of all chains together."""
+    base: int
+    """Where the region's first byte is, host-virtual."""
 
     def __init__(self, ring: SplitRing) -> None:
         self.heads: list[int] = []
@@ -267,9 +269,7 @@ class TableRun:
         self.vectors = array("Q")
         self._ring = ring
         self._most_in_table = min(_MOST_IN_TABLE, ring.size) if ring._indirect else 0
-        self._region = ring._window
-        self.base = ring.memory.hvaddr(self._region[0])
-        """Where the region's first byte is, host-virtual."""
+        self._look_into(ring._window)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -297,10 +297,8 @@ class TableRun:
         taken, tables = self._read(_next_entries(ring, limit).tolist(), enough_bytes)
         if not taken:
             return 0
-        start, room, _ = self._region
         count = sum(counts)
-        column = int.from_bytes(b"".join(tables), "little")
-        vectors = ranges_moved(column, count, start, start + room, self.base - start)
+        vectors = self._ranges.moved(int.from_bytes(b"".join(tables), "little"), count)
         if vectors is None or sum(sizes) > _MOST_BYTES:
             for head in taken:
                 ring._outstanding[head] = None
@@ -365,9 +363,10 @@ class TableRun:
         return taken, tables
 
     def _look_into(self, region: tuple[int, int, memoryview]) -> None:
-        """Has all be in another region."""
-        self._region = region
-        self.base = self._ring.memory.hvaddr(region[0])
+        """Has all be in this region."""
+        start, room, _ = self._region = region
+        self.base = self._ring.memory.hvaddr(start)
+        self._ranges = Ranges(start, start + room, self.base - start)
 
     def give_back(self, count: int) -> None:
         """Writes the used elements of the first `count` chains: nothing was written to them.
