@@ -68,6 +68,17 @@ def test_signed_results_are_in_a_range_when_each_of_them_is(
     assert all_between(array("i", results), low, high) is expected
 
 
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 40])
+@pytest.mark.parametrize("odd", [-11, 0, 9, 201, 0x7FFFFFFF])
+def test_one_result_out_of_a_range_is_enough(count: int, odd: int) -> None:
+    """Of few, which are looked at one by one, and of many."""
+    for at in (0, count - 1):
+        results = array("i", range(10, 10 + count))
+        assert all_between(results, 10, 200)
+        results[at] = odd
+        assert not all_between(results, 10, 200)
+
+
 @given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=70) | st.just([7, 7, 7]))
 def test_alike_and_total_are_what_they_say(numbers: list[int]) -> None:
     for column in (numbers, numbers[:1] * len(numbers)):
