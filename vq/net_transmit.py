@@ -145,7 +145,7 @@ class FrameMaker:
         The others are left to `make`. Raises `OSError` when the link is gone.
         """
         self._place_detour = _DETOUR  # unless there is one
-        if not run or not self._link_does_all():
+        if not run.heads or not self._link_does_all():
             return 0
         memory, base, checked = run.memory, run.base, self._usual_starts.checked
         shortest = max(self._link.min_frame, _ETHERNET) + NET_HDR_SIZE

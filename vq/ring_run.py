@@ -259,8 +259,10 @@ class TableRun:
 
     most_pieces = 1024
     """Buffers that are held at most, of all chains together."""
+    memory: memoryview
+    """All bytes of the region that the buffers lie in."""
     base: int
-    """Where the region's first byte is, host-virtual."""
+    """Where the first of them is, host-virtual."""
 
     def __init__(self, ring: SplitRing) -> None:
         self.heads: list[int] = []
@@ -276,11 +278,6 @@ class TableRun:
 
     def __repr__(self) -> str:
         return f"<TableRun of {len(self)}>"
-
-    @property
-    def memory(self) -> memoryview:
-        """All bytes of the region that the buffers lie in; the first is at `base`."""
-        return self._region[2]
 
     def pop(self, limit: int, enough_bytes: int = _MOST_BYTES) -> int:
         """Takes up to `limit` chains, as far as they are of this kind, and no more once they have
@@ -364,7 +361,7 @@ class TableRun:
 
     def _look_into(self, region: tuple[int, int, memoryview]) -> None:
         """Has all be in this region."""
-        start, room, _ = self._region = region
+        start, room, self.memory = self._region = region
         self.base = self._ring.memory.hvaddr(start)
         self._ranges = Ranges(start, start + room, self.base - start)
 
@@ -387,7 +384,7 @@ class TableRun:
         """Goes over to chains: they are outstanding in place of what the run held."""
         if not self.heads:
             return []
-        ring, view, base, at = self._ring, self._region[2], self.base, 0
+        ring, view, base, at = self._ring, self.memory, self.base, 0
         chains: list[Chain] = []
         for head, count in zip(self.heads, self.counts, strict=True):
             buffers = []
