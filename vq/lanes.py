@@ -61,43 +61,53 @@ class Lanes:
         return ((1 << self._bits * count) - 1) // ((1 << self._bits) - 1)
 
 
-_RANGE = 128  # bits
-_MOST_FILLED = 128
-"""More lanes than that are filled each time: to remember all such numbers could take megabytes."""
+_RANGE = 16  # bytes
+_MOST_AT_ONCE = 128 * _RANGE
+"""Bytes of ranges: what is calculated with is remembered for every number of them up to that, which
+comes to less than a megabyte."""
 
 
 class Ranges:
     """Ranges of memory that are to lie from `low` on up to `high`, which is the first address
     behind; there every address is known by another number too, which is `distance` more.
 
-    Each range has a lane of 128 bits: the address in the lower 64 bits, the length in the next 32;
-    what stands above that is left out. With the distance added no such address leaves its bits.
+    Each range is in 16 bytes, little-endian: the address in 8, the length in 4; what stands in the
+    others is left out. With the distance added no such address needs more bytes.
     """
 
     def __init__(self, low: int, high: int, distance: int) -> None:
         self._low, self._high, self._distance = low, high, distance
         self._lanes: dict[int, tuple[int, ...]] = {}
 
-    def moved(self, ranges: int, count: int) -> int | None:
-        """So many ranges by their other addresses; None unless all lie there and none is empty."""
-        lanes = self._lanes.get(count) or self._fill(count)
+    def moved(self, ranges: bytes) -> bytes | None:
+        """The ranges by their other addresses, each length in 8 bytes.
+
+        None unless all of them lie there and none is empty.
+        """
+        size = len(ranges)
+        if size > _MOST_AT_ONCE:
+            first, others = self.moved(ranges[:_MOST_AT_ONCE]), self.moved(ranges[_MOST_AT_ONCE:])
+            return None if first is None or others is None else first + others
+        lanes = self._lanes.get(size) or self._fill(size)
         half, address, length, from_low, not_empty, up_to_high, distance = lanes
-        addresses, lengths = ranges & address, ranges >> 64 & length
+        column = int.from_bytes(ranges, "little")
+        addresses, lengths = column & address, column >> 64 & length
         # The highest bit of a lane says for each sum and difference whether that is so.
         good = addresses + from_low & lengths + not_empty & up_to_high - addresses - lengths & half
-        return addresses + distance + (lengths << 64) if good == half else None
+        if good != half:
+            return None
+        return (addresses + distance + (lengths << 64)).to_bytes(size, "little")
 
-    def _fill(self, count: int) -> tuple[int, ...]:
-        """What `moved` calculates with, in each of so many lanes."""
-        half = 1 << _RANGE - 1
-        ones = ((1 << _RANGE * count) - 1) // ((1 << _RANGE) - 1)
+    def _fill(self, size: int) -> tuple[int, ...]:
+        """What `moved` calculates with, in each lane."""
+        bits = 8 * _RANGE
+        half = 1 << bits - 1
+        ones = ((1 << 8 * size) - 1) // ((1 << bits) - 1)
         in_one = (
             *(half, (1 << 64) - 1, (1 << 32) - 1),
             *(half - self._low, half - 1, half + self._high, self._distance),
         )
-        lanes = tuple(number * ones for number in in_one)
-        if count <= _MOST_FILLED:
-            self._lanes[count] = lanes
+        lanes = self._lanes[size] = tuple(number * ones for number in in_one)
         return lanes
 
 

@@ -294,8 +294,7 @@ class TableRun:
         taken, tables = self._read(_next_entries(ring, limit).tolist(), enough_bytes)
         if not taken:
             return 0
-        count = sum(counts)
-        vectors = self._ranges.moved(int.from_bytes(b"".join(tables), "little"), count)
+        vectors = self._ranges.moved(b"".join(tables))
         if vectors is None or sum(sizes) > _MOST_BYTES:
             for head in taken:
                 ring._outstanding[head] = None
@@ -303,7 +302,7 @@ class TableRun:
             sizes.clear()
             return 0
         self.heads = taken
-        self.vectors = array("Q", vectors.to_bytes(16 * count, "little"))
+        self.vectors = array("Q", vectors)
         ring._next_avail = (ring._next_avail + len(taken)) & 0xFFFF
         if ring._inflight_log is not None:
             ring._inflight_log.popped(taken)
