@@ -13,7 +13,16 @@ from typing import cast
 
 import pytest
 
-from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
+from vq.abi import (
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    NET_HDR_SIZE,
+    Feature,
+    HdrFlag,
+    HdrGso,
+    NetFeature,
+    feature_mask,
+)
 from vq.driver import Driver, DriverRing, GuestBuffer
 from vq.gather import IoVectors
 from vq.link import (
@@ -52,10 +61,14 @@ def ethernet(payload: bytes, *, to: bytes = OUR_MAC, source: bytes = OTHER_MAC) 
 
 
 @contextmanager
-def frames_by_address() -> Iterator[None]:
-    """Frames go the short way wherever they can, as with a real port that has an outbox."""
+def frames_by_address(*, alone: bool = False) -> Iterator[None]:
+    """Frames go the short way wherever they can, as with a real port that has an outbox; with
+    `alone` those towards the guest each in a turn of its own, as when they come one at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScriptedPort, "by_address", True)
+        if alone:
+            patch.setattr(ScriptedPort, "alone", True)
+            patch.setattr("vq.pace.Pace.expects_one", True)
         patch.setattr("vq.net._WORTH_A_BATCH", 1)
         patch.setattr("vq.net._WORTH_PLACES", 1)
         patch.setattr("vq.net_receive._DETOUR", 0)
@@ -68,6 +81,8 @@ class ScriptedPort(Port):
 
     by_address = False
     """Whether it uses the short way, as a real port with an outbox does."""
+    alone = False
+    """Whether frames then are read one at a time."""
 
     def __init__(self, fd: int | None = None) -> None:
         super().__init__()
@@ -82,6 +97,8 @@ class ScriptedPort(Port):
         self.reads = 0
         self.read_apart = 0
         """Frames that went straight to their places, and were accepted there."""
+        self.read_alone = 0
+        """Frames that were read into room that was prepared for one."""
 
     def fileno(self) -> int | None:
         return self.fd
@@ -103,7 +120,14 @@ class ScriptedPort(Port):
         self.reads += 1
         if self.error is not None:
             raise self.error
-        moved = self._read_apart(cast(PlacesRoom, room), limit) if self.by_address else 0
+        if self.alone and self.incoming and (views := cast(PlacesRoom, room).lend_alone()):
+            header, data = self.incoming.popleft()
+            scatter((header[:10] + b"\0\0" + data,), views)
+            cast(PlacesRoom, room).commit_alone(NET_HDR_SIZE + len(data))
+            self.read_alone += 1
+            return 1
+        apart = self.by_address and not self.alone
+        moved = self._read_apart(cast(PlacesRoom, room), limit) if apart else 0
         while moved < limit and self.incoming:
             if self.by_address and (places := cast(PlacesRoom, room).lend_together(MAX_FRAME)):
                 self._read_together(cast(PlacesRoom, room), *places)

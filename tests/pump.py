@@ -274,6 +274,7 @@ class _Watched:
             self.lend_apart = self._room.lend_apart
             self.looks_at = self._room.looks_at
             self.lend_together = self._lend_together
+            self.lend_alone = self._room.lend_alone
 
     def commit(self, header: bytes, length: int) -> None:
         self._count(header, length)
@@ -300,6 +301,10 @@ class _Watched:
         assert address is not None
         self._count(ctypes.string_at(address, 12), length - 12)
         self._room.commit_together(length)
+
+    def commit_alone(self, length: int) -> None:
+        self._count(bytes(self._room.lend_alone()[0][:12]), length - 12)
+        self._room.commit_alone(length)
 
     def _count(self, header: bytes, length: int) -> None:
         kind = undone(header)

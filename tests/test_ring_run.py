@@ -203,6 +203,48 @@ def test_what_a_run_wrote_is_marked_dirty() -> None:
         assert bitmap[1] == 0b0000110
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    heads=st.permutations(range(8)),
+    written=st.lists(st.integers(0, 0x300), min_size=1, max_size=7),
+    start=st.sampled_from((0, 5, 0xFFFE)),
+    resubmitted=st.integers(0, 2),
+)
+def test_chains_given_back_one_by_one_are_as_those_given_back_together(
+    heads: list[int], written: list[int], start: int, resubmitted: int
+) -> None:
+    def outcome(give_back: Callable[[Run], None]) -> object:
+        with GuestMemory.allocate((0, 0x10000)) as memory:
+            guest = Guest(memory, start=start)
+            memory.dirty_log = DirtyLog(bitmap := bytearray(16), page_size=512)
+            notes = Notes(guest)
+            for head in range(8):
+                guest.desc(head, 0x8000 + 0x400 * head, 0x300, WRITE)
+            guest.offer(*heads)
+            ring = guest.ring(inflight_log=notes, resubmit=heads[:resubmitted])
+            ring._next_avail = (start + resubmitted) & 0xFFFF
+            run = Run(ring, writable=True)
+            if resubmitted:
+                assert run.adopt([ring.pop() for _ in range(resubmitted)])  # type: ignore[misc]
+            while run.pop(8):
+                pass  # up to where the ring begins anew
+            assert len(run) == 8
+            bitmap[:] = bytes(16)
+            give_back(run)
+            count = ring.publish()
+            held = run.heads, run.addresses, run.lengths, ring.outstanding, ring.next_avail
+            undone = run.to_chains()
+            ring.undo_pop(undone)
+            position = ring.next_avail, ring.next_used, ring.left_over
+            return count, guest.used(), held, bytes(bitmap), notes.calls, position
+
+    def one_by_one(run: Run) -> None:
+        for length in written:
+            run.give_back_one(length)
+
+    assert outcome(one_by_one) == outcome(lambda run: run.give_back(written))
+
+
 def test_a_run_stands_in_the_inflight_log() -> None:
     with GuestMemory.allocate((0, 0x10000)) as memory:
         guest = Guest(memory)

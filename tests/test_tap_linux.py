@@ -1030,6 +1030,12 @@ class LendingRoom:
     def commit_together(self, length: int) -> None:
         raise AssertionError("nothing was lent for it")
 
+    def lend_alone(self) -> Sequence[memoryview]:
+        return ()
+
+    def commit_alone(self, length: int) -> None:
+        raise AssertionError("nothing was lent for it")
+
     def views(self) -> list[memoryview]:
         return []
 
@@ -1712,6 +1718,53 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
     assert room.got[1][54:] == b"\xbc" * 700
     assert port.dropped == {"too long": 1} and port.longest == 3022
     assert port._longest_usual == tap_linux._LONGEST_SEGMENTED, "that is about segments"
+
+
+class RoomForOne(VectorRoom):
+    """The same, as views."""
+
+    def lend_alone(self) -> Sequence[memoryview]:
+        return [memoryview(self.memory[0]).cast("B"), memoryview(self.behind).cast("B")]
+
+    def commit_alone(self, length: int) -> None:
+        VectorRoom.commit_together(self, length)
+
+    def commit_together(self, length: int) -> None:
+        raise AssertionError("there was room for one")
+
+
+@needs_tap
+def test_a_frame_alone_is_read_into_the_views_that_were_prepared(
+    namespace: str, tap: LinuxTap
+) -> None:
+    port, room = tap.ports[0], RoomForOne()
+    tap.set_mtu(3000)
+    assert port.read_burst(room, 1) == 0, "none waits"
+    port.longest = 1000
+    port._short_ones = 5
+    with udp_socket(namespace) as sender:
+        for size in (10, 958, 959, 2000, 20):  # 42 bytes of headers
+            sender.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    port.on_truncated = lambda: None
+    assert [port.read_burst(room, 1) for _ in range(6)] == [1, 1, 0, 0, 1, 0]
+    assert [len(frame) - 54 for frame in room.got] == [10, 958, 20]
+    assert room.got[1][54:] == b"\xbe" * 958
+    assert port.dropped == {"too long": 2} and port._short_ones == 8
+    tap.set_mtu(40000)
+    room.behind = (ctypes.c_ubyte * 40000)()
+    port.longest = 40000
+    with udp_socket(namespace) as sender:
+        sender.sendto(bytes(20000), (OURS, 7000))
+        assert port.read_burst(room, 1) == 1 and port.burst == 3 and port._short_ones == 0
+
+
+@needs_tap
+def test_a_deleted_tap_is_an_error_for_a_frame_alone_too(namespace: str, tap: LinuxTap) -> None:
+    ip("-n", namespace, "link", "del", tap.name)
+    with pytest.raises(OSError, match="the tap is gone"):
+        tap.ports[0].read_burst(RoomForOne(), 1)
+    with pytest.raises(OSError, match="the tap is gone"):
+        tap.ports[0].read_burst(VectorRoom(), 1)
 
 
 @needs_tap

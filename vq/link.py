@@ -114,6 +114,13 @@ class PlacesRoom(Room, Protocol):
         None when it has to be read into `views`.
         """
 
+    def lend_alone(self) -> Sequence[memoryview]:
+        """The same for a frame that probably is short and comes alone, of any length: views, which
+        take less to read into than vectors. Empty where none were prepared."""
+
+    def commit_alone(self, length: int) -> None:
+        """`commit_together` for what was read into those views."""
+
     def commit_together(self, length: int) -> None:
         """A frame stands there, of so many bytes, header included."""
 

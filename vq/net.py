@@ -698,15 +698,17 @@ class NetDevice(Device):
         window = self._windows.get(queue.index)
         if window is None:
             return False
+        pace = self._paces[queue.index]
         more = False
         ring.disable_kicks()
         try:
             window.retry()
             if self._port_feeds(queue):
-                more = self._read_bursts(queue, ring, window)
+                more = self._read_bursts(queue, ring, window, pace)
         finally:
             if self.holds(queue, ring) and window.flush():
                 self.publish(queue)
+            window.count_received()  # all that can wait is done behind the call
         if not self.holds(queue, ring):
             return False
         if window.starved:
@@ -715,13 +717,17 @@ class NetDevice(Device):
             self._want_readable(queue, False)
         else:
             self._want_readable(queue, True)
+            if pace.expects_one:
+                window.prepare()
         return more
 
-    def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
+    def _read_bursts(
+        self, queue: Queue, ring: SplitRing, window: ReceiveWindow, pace: Pace
+    ) -> bool:
         """Moves waiting frames into the window; whether there may be more of them."""
-        index = self._port_index(queue)
-        port = self.link.ports[index]
-        pace = self._paces[queue.index]
+        ports = self.link.ports
+        index = queue.index // 2 % len(ports)
+        port = ports[index]
         # Where few come at a time there is no look for one more: an event loop, if there is one,
         # looks anyhow, and to find nothing is an exception, which takes as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
@@ -729,7 +735,9 @@ class NetDevice(Device):
         frames = 0
         try:
             while frames < FRAMES_PER_TURN:
-                limit = min(expected, port.burst) or port.burst
+                limit = port.burst
+                if 0 < expected < limit:
+                    limit = expected
                 moved = port.read_burst(window, limit)
                 frames += moved
                 if not self.holds(queue, ring):
@@ -755,8 +763,11 @@ class NetDevice(Device):
         Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6).
         """
         pair = queue.index // 2
-        has_port = pair < len(self.link.ports) and pair not in self._broken
-        return has_port and self._pair_is_active(pair)
+        return (
+            pair < len(self.link.ports)
+            and pair not in self._broken
+            and (pair < self._active_pairs or self._control_hidden)
+        )
 
     def _pair_is_active(self, pair: int) -> bool:
         return pair < self._active_pairs or self._control_hidden

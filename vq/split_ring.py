@@ -201,7 +201,8 @@ class SplitRing:
 
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
-        self._unpublished = array("I")  # heads
+        self._published = self._next_used  # used.idx, as the driver may see it by now
+        self._unpublished = array("I")  # heads of what is not published, where there is a log
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
         self._outstanding: list[object] = [None] * size  # by head: a chain, or the run it is in
@@ -705,14 +706,15 @@ class SplitRing:
 
     def publish(self) -> int:
         """Lets the driver see the used elements written since the last call; returns how many."""
-        finished = self._unpublished
-        if not finished:
-            return 0
-        self._unpublished = array("I")
-        self._unsignalled += len(finished)
         index = self._next_used
+        count = (index - self._published) & 0xFFFF
+        if not count:
+            return 0
+        self._published = index
+        self._unsignalled += count
         log = self._inflight_log
         if log is not None:
+            finished, self._unpublished = self._unpublished, array("I")
             log.publishing(finished, index)
         order_stores()  # the elements are there before the index that covers them (2.7.14)
         self._used_words[1] = _swap16(index) if _BIG_ENDIAN else index
@@ -720,7 +722,7 @@ class SplitRing:
             self.memory.mark_dirty(self._used_gpa, len(self._used))
         if log is not None:
             log.published(finished, index)
-        return len(finished)
+        return count
 
     def push_burst(self, chains: Sequence[Chain]) -> None:
         """Writes the used elements of `chains` and publishes them."""
@@ -754,12 +756,7 @@ class SplitRing:
         if head >= self.size or self._outstanding[head] is not chain:
             return False
         self._outstanding[head] = None
-        slot = self._next_used & (self.size - 1)
-        _ELEMENT.pack_into(self._used, 4 + 8 * slot, head, chain.written)
-        self._next_used = (self._next_used + 1) & 0xFFFF
-        self._unpublished.append(head)
-        if self._resubmitted:
-            self._resubmitted.discard(head)
+        self._write_element(head, chain.written)
         if chain.written and self.memory.dirty_log is not None:
             self.memory.mark_views_dirty(chain.writable, chain.written)
         return True
@@ -806,21 +803,31 @@ class SplitRing:
                 if chain.written:
                     self.memory.mark_views_dirty(chain.writable, chain.written)
 
+    def _write_element(self, head: int, written: int) -> None:
+        """Writes one used element."""
+        position = self._next_used
+        _ELEMENT.pack_into(self._used, 4 + 8 * (position & (self.size - 1)), head, written)
+        self._next_used = (position + 1) & 0xFFFF
+        if self._inflight_log is not None:
+            self._unpublished.append(head)
+        if self._resubmitted:
+            self._resubmitted.discard(head)
+
     def _write_elements(self, heads: Sequence[int], written: Sequence[int]) -> None:
         """Writes used elements, one for each head."""
+        count = len(heads)
+        if count == 1:
+            self._write_element(heads[0], written[0])
+            return
         size = self.size
         slot = self._next_used & (size - 1)
-        count = len(heads)
         end = slot + count
         self._next_used = (self._next_used + count) & 0xFFFF
         if self._resubmitted:
             self._resubmitted.difference_update(heads)
-        if count == 1:
-            _ELEMENT.pack_into(self._used, 4 + 8 * slot, heads[0], written[0])
-            self._unpublished.append(heads[0])
-            return
         column = _doublewords(heads)
-        self._unpublished += column
+        if self._inflight_log is not None:
+            self._unpublished += column
         ids, lengths = _little_endian(column), _little_endian(_doublewords(written))
         if end <= size:
             self._used_ids[slot:end] = ids
@@ -850,7 +857,7 @@ class SplitRing:
         fence()
         wish = self._driver_wish()
         if self._event_idx:
-            new = (self._next_used - len(self._unpublished)) & 0xFFFF
+            new = self._published
             # After 65,536 chains without asking, every value of used_event has been passed.
             return count > 0xFFFF or needs_event(wish, new, (new - count) & 0xFFFF)
         return not wish & AVAIL_F_NO_INTERRUPT

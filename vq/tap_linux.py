@@ -425,46 +425,78 @@ class LinuxTapPort(Port):
         if not self.active:
             return 0
         by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
-        if by_address is not None and limit >= _FEW:
-            moved_apart = self._read_apart(by_address, limit)
-            self.burst = Port.burst if moved_apart is None else _Batches.COUNT
-            if moved_apart is not None:
-                return moved_apart
+        if by_address is not None:
+            if limit == 1 and (alone := by_address.lend_alone()):
+                return self._read_alone(by_address, alone)
+            if limit >= _FEW:
+                moved_apart = self._read_apart(by_address, limit)
+                self.burst = Port.burst if moved_apart is None else _Batches.COUNT
+                if moved_apart is not None:
+                    return moved_apart
         moved = 0
-        try:
-            while moved < limit:
-                longest = min(self.longest, self._longest_usual)
-                if by_address is not None and (places := by_address.lend_together(longest)):
-                    vectors, first, count = places
-                    length = vectors.read(self._fd, first, count)
-                    if length > NET_HDR_SIZE + longest:
-                        self._longer_than(longest)
-                        limit -= 1  # for who floods us with such, this is a burst too
-                        continue
-                    by_address.commit_together(length)
-                    moved += 1
-                    if length <= _SHORT:
-                        self._short_ones += 1
-                    else:
-                        self._short_ones = 0
-                    self.burst = _FEW_LONG if length > _LONG else Port.burst
-                    continue
-                views = room.views()
-                if not views:
+        longest = min(self.longest, self._longest_usual)
+        while moved < limit:
+            if by_address is not None and (places := by_address.lend_together(longest)):
+                vectors, first, count = places
+                length = vectors.read(self._fd, first, count)
+                if length < 0:
+                    self._found_none(-length)
                     break
-                length = self._read_frame(views)
-                if length > len(views[0]) and length > sum(map(len, views)):
-                    self._too_long()
-                    limit -= 1
+                if length > NET_HDR_SIZE + longest:
+                    self._longer_than(longest)
+                    longest = min(self.longest, self._longest_usual)
+                    limit -= 1  # for who floods us with such, this is a burst too
                     continue
-                room.commit(bytes(self._header), length)
+                by_address.commit_together(length)
+                self._learn_from(length)
                 moved += 1
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                self._none_waits()
-            elif error.errno not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
-                raise _in_words(error) from None
+                continue
+            views = room.views()
+            if not views:
+                break
+            try:
+                length = self._read_frame(views)
+            except OSError as error:
+                self._found_none(error.errno or 0)
+                break
+            if length > len(views[0]) and length > sum(map(len, views)):
+                self._too_long()
+                limit -= 1
+                continue
+            room.commit(bytes(self._header), length)
+            moved += 1
         return moved
+
+    def _read_alone(self, room: PlacesRoom, views: Sequence[memoryview]) -> int:
+        """Reads a frame that probably is the only one; returns 1, or 0 if there was none."""
+        try:
+            length = os.readv(self._fd, views)
+        except OSError as error:
+            self._found_none(error.errno or 0)
+            return 0
+        longest = min(self.longest, self._longest_usual)
+        if length > NET_HDR_SIZE + longest:
+            self._longer_than(longest)
+            return 0
+        room.commit_alone(length)
+        self._learn_from(length)
+        return 1
+
+    def _learn_from(self, length: int) -> None:
+        """The next frame will be like this one, of so many bytes, header included."""
+        if length <= _SHORT:
+            self._short_ones += 1
+            self.burst = Port.burst
+        else:
+            self._short_ones = 0
+            self.burst = _FEW_LONG if length > _LONG else Port.burst
+
+    def _found_none(self, code: int) -> None:
+        """A read failed with this error number. Raises `OSError` unless that passes."""
+        if code == errno.EAGAIN:
+            self._none_waits()
+        elif code not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
+            raise _in_words(OSError(code, os.strerror(code))) from None
 
     def _read_frame(self, views: Sequence[memoryview]) -> int:
         """Reads a frame into the views, and its net header; returns its length without that."""
