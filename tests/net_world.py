@@ -83,6 +83,8 @@ class ScriptedPort(Port):
     """Whether it uses the short way, as a real port with an outbox does."""
     alone = False
     """Whether frames then are read one at a time."""
+    longest = MAX_FRAME
+    """The longest frame that it says may come."""
 
     def __init__(self, fd: int | None = None) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class ScriptedPort(Port):
         apart = self.by_address and not self.alone
         moved = self._read_apart(cast(PlacesRoom, room), limit) if apart else 0
         while moved < limit and self.incoming:
-            if self.by_address and (places := cast(PlacesRoom, room).lend_together(MAX_FRAME)):
+            if self.by_address and (places := cast(PlacesRoom, room).lend_together(self.longest)):
                 self._read_together(cast(PlacesRoom, room), *places)
                 moved += 1
                 continue

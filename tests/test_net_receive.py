@@ -733,6 +733,54 @@ def test_the_short_way_gives_a_guest_what_the_plain_one_does(
         assert outcome(alone=True) == plain
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    rooms=st.lists(st.integers(28, 400), min_size=20, max_size=60)
+    | st.lists(st.sampled_from((100, 200)), min_size=20, max_size=60)
+    | st.integers(1, 60).map(lambda count: [100] * count),
+    lengths=st.lists(
+        st.integers(0, 900) | st.sampled_from((88, 188, 288, 388, 488)) | st.integers(900, 5000),
+        min_size=3,
+        max_size=12,
+    ),
+    alone=st.booleans(),
+    at_a_time=st.sampled_from((1, 3, 128)),
+)
+def test_frames_fill_usual_buffers_one_behind_another(
+    rooms: list[int], lengths: list[int], alone: bool, at_a_time: int
+) -> None:
+    """However many of them are held when a frame comes: the rest of it stands in the spill."""
+    with (
+        GuestMemory.allocate(1 << 20) as memory,
+        frames_by_address(alone=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("vq.net_receive._MANY", at_a_time)
+        patch.setattr(Pace, "expects_one", alone)
+        link = ScriptedLink()
+        link.port.longest = 5000
+        guest = World(memory, link).raw(MRG)
+        buffers = Buffers(guest)
+        for size in rooms:
+            buffers.offer([size])
+        guest.driver.kick(0)
+        guest.device.notify(0)  # it may have been told not to kick
+        frames = [make_payload(length) for length in lengths]
+        for frame in frames:
+            link.deliver(frame)
+        used = guest.used(0)
+        assert [head for head, _ in used] == buffers.order[: len(used)]
+        written, dropped = expected_use(rooms, lengths, mergeable=True)
+        assert [count for _, count in used] == written and not dropped
+        got, rest = [], list(used)
+        while rest:
+            count = NET_HDR.unpack(buffers.content(rest[0][0])[:12])[6]
+            got.append(b"".join(buffers.content(head)[:n] for head, n in rest[:count])[12:])
+            del rest[:count]
+        assert got == frames[: len(got)]
+        assert guest.device.fault is None
+
+
 ALONE = features("MRG_RXBUF", "GUEST_CSUM", "MTU")
 
 

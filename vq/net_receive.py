@@ -17,15 +17,13 @@ import ctypes
 import struct
 import sys
 from array import array
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
-from vq.lanes import total
+from vq.lanes import alike, total
 from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
@@ -36,7 +34,8 @@ from vq.split_ring import Chain, SplitRing
 
 __all__ = ["ReceiveWindow"]
 
-_REFILL = 64
+_REFILL = 64  # chains taken at a time
+_MANY = MOST_AT_ONCE  # usual ones: to take more of them at a time takes less for each
 _MOST_WAITING = 64
 """Frames of the host's own kept for a guest that offers no buffers."""
 _DETOUR = 64
@@ -209,7 +208,7 @@ class ReceiveWindow:
         run = self._usual.run
         limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
-            self._usual.refill(MOST_AT_ONCE)
+            self._usual.refill()
         if run.shortest < _SHORTEST:
             return None
         return run.addresses[:limit], run.lengths[:limit]
@@ -640,14 +639,14 @@ class _UsualBuffers:
         """Whether used elements were written; for the window to set back."""
         self._written = array("I")
         self._spill = spill
-        self._spill_place = [address_of(spill)], [len(spill)]
+        self._spill_place = array("Q", [address_of(spill)]), array("I", [len(spill)])
         self._vectors = IoVectors(_VECTORS)
         self._first = 0  # the vector of the run's first buffer
         self._shown = 0  # buffers that have a vector; the spill's is behind them
 
-    def refill(self, limit: int = _REFILL) -> bool:
-        """Takes up to `limit` more buffers; whether there were any."""
-        taken = self.run.pop(limit)
+    def refill(self) -> bool:
+        """Takes more buffers; whether there were any."""
+        taken = self.run.pop(_MANY)
         self.left += taken
         return taken > 0
 
@@ -686,28 +685,28 @@ class _UsualBuffers:
         What stands in the spill is copied to where it belongs.
         """
         run, at = self.run, self.used
-        size = run.lengths[at]
-        full, rest = divmod(length - 1, size)
+        full, rest = divmod(length - 1, run.lengths[at])
         written = run.lengths[at : at + full + 1]
-        if full < self.lent and written.count(size) == full + 1:  # all as long as the first
+        if full < self.lent and alike(written):  # all are as long as the first
             written[full] = rest + 1  # all but the last are full (5.1.6.4.1)
             return written
-        ends = list(accumulate(run.lengths[at : at + self.lent]))
-        if length > ends[-1]:
-            spilled = length - ends[-1]
-            more = run.lengths[at + self.lent :]
-            while sum(more) < spilled:
+        left = length
+        for last, size in enumerate(run.lengths[at : at + self.lent].tolist(), at):  # noqa: B007
+            left -= size
+            if left <= 0:
+                break
+        if left > 0:
+            spilled, first = left, at + self.lent
+            while sum(run.lengths[first:]) < spilled:
                 if not self.refill():
                     return None
-                more = run.lengths[at + self.lent :]
-            ends += accumulate(more, initial=ends.pop())
-            last = bisect_left(ends, length)
-            places = [run.view(index) for index in range(at + self.lent, at + last + 1)]
+            while left > 0:
+                last += 1
+                left -= run.lengths[last]
+            places = [run.view(index) for index in range(first, last + 1)]
             scatter((self._spill[:spilled],), places)
-        else:
-            last = bisect_left(ends, length)
-        written = run.lengths[at : at + last + 1]
-        written[last] -= ends[last] - length
+        written = run.lengths[at : last + 1]
+        written[-1] += left
         return written
 
     def prepare(self) -> None:

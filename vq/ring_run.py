@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from operator import add
+from operator import add, itemgetter
 
 from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vq.errors import AddressError
@@ -199,23 +199,29 @@ class Run:
         outstanding = ring._outstanding
         first = int.from_bytes(words[:2], "little")
         end = first + count
-        held: list[object]
+        held: Sequence[object]
         in_turn = words == ring._words_in_turn[2 * first : 2 * end]
         if in_turn:  # as drivers mostly hand out a queue's descriptors
             heads = ring._heads[first:end]
             copy = ring._table[first << 4 : end << 4].tobytes()
             held = outstanding[first:end]
         else:
-            heads = array("I", memoryview(words).cast("H").tolist())
-            if max(heads) >= ring.size or len(set(heads)) != count:
+            numbers = memoryview(words).cast("H").tolist()
+            if len(set(numbers)) != count:
                 return ()
-            copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
-            held = [outstanding[head] for head in heads]
+            at_heads = itemgetter(*numbers)  # one step for all of them
+            try:
+                held = at_heads(outstanding)
+            except IndexError:  # there is no such head
+                return ()
+            copy = b"".join(at_heads(ring._each_descriptor))
+            heads = array("I", numbers)
         addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
         flags = array("H", copy)[6::8]
         shortest = longest = lengths[0]
         if not alike(lengths):
-            shortest, longest = min(lengths), max(lengths)
+            in_order = sorted(lengths)  # takes less than min and max
+            shortest, longest = in_order[0], in_order[-1]
         if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
             return ()
         column = ADDRESSES.column(addresses)
@@ -227,7 +233,7 @@ class Run:
         if in_turn:
             outstanding[first:end] = [self] * count
         else:
-            for head in heads:
+            for head in numbers:
                 outstanding[head] = self
         return heads
 

@@ -825,10 +825,9 @@ class SplitRing:
         self._next_used = (self._next_used + count) & 0xFFFF
         if self._resubmitted:
             self._resubmitted.difference_update(heads)
-        column = _doublewords(heads)
         if self._inflight_log is not None:
-            self._unpublished += column
-        ids, lengths = _little_endian(column), _little_endian(_doublewords(written))
+            self._unpublished.extend(heads)
+        ids, lengths = _doublewords(heads), _doublewords(written)
         if end <= size:
             self._used_ids[slot:end] = ids
             self._used_lengths[slot:end] = lengths
@@ -909,16 +908,12 @@ def _words(count: int) -> struct.Struct:
 
 
 def _doublewords(values: Sequence[int]) -> array[int]:
-    """The values as 32-bit words; for reading only, since they may be the very same array."""
-    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
-
-
-def _little_endian(words: array[int]) -> array[int]:
-    """Words in the byte order of the ring, for reading only."""
+    """The values as words of the ring; for reading only, since they may be the very same array."""
     if _BIG_ENDIAN:
-        words = words[:]
+        words = array("I", values)
         words.byteswap()
-    return words
+        return words
+    return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
 
 
 def _swap16(value: int) -> int:
