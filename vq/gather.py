@@ -133,6 +133,7 @@ def _function(name: str, *more: object) -> Any:
 
 _at = ctypes.byref
 _readv = _function("readv")
-_readv.argtypes = None  # `read` gives the right ones, and to have them converted takes 0.2 us
+if _readv is not None:
+    _readv.argtypes = None  # `read` gives the right ones, and to have them converted takes 0.2 us
 _preadv = _function("preadv", ctypes.c_long)
 _pwritev = _function("pwritev", ctypes.c_long)

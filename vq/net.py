@@ -729,7 +729,7 @@ class NetDevice(Device):
         index = queue.index // 2 % len(ports)
         port = ports[index]
         # Where few come at a time there is no look for one more: an event loop, if there is one,
-        # looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        # looks anyhow, and to find nothing takes nearly as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
         expected = pace.begin() if polled else 0
         frames = 0
