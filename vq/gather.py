@@ -96,6 +96,15 @@ class Slab:
         self._pieces, self._total = len(addresses), total
         self._move(_pwritev)
 
+    def gather_vectors(self, vectors: bytes, count: int, total: int) -> None:
+        """The same for pieces that are given as `count` times `struct iovec`.
+
+        There is no way back for them.
+        """
+        self._pieces = self._total = 0
+        if _pwritev(self._fd, vectors, count, 0) != total:
+            raise _not_copied()
+
     def put_back(self) -> None:
         """Copies the pieces back to where `gather` found them."""
         self._move(_preadv)
@@ -106,8 +115,12 @@ class Slab:
 
     def _move(self, call: Any) -> None:
         if call(self._fd, self._vectors.address, self._pieces, 0) != self._total:
-            code = ctypes.get_errno() or errno.EFAULT
-            raise OSError(code, f"memory cannot be copied: {os.strerror(code)}")
+            raise _not_copied()
+
+
+def _not_copied() -> OSError:
+    code = ctypes.get_errno() or errno.EFAULT
+    return OSError(code, f"memory cannot be copied: {os.strerror(code)}")
 
 
 def _column(code: str, numbers: Sequence[int]) -> array[int]:

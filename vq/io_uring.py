@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
+from functools import lru_cache
 
 from vq.memory import map_shared
 
@@ -52,8 +53,8 @@ _PARAMS = struct.Struct("=10I" + "10I" * 2)
 """`struct io_uring_params`: ten words, then where things lie in the two rings' memory."""
 _ENTRY = struct.Struct("=BBHiQQIIQ24x")
 """`struct io_uring_sqe`: opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data"""
-_COMPLETION = 16
-"""`struct io_uring_cqe`: u64 user_data, s32 result, u32 flags."""
+_COMPLETION = struct.Struct("=QiI")
+"""`struct io_uring_cqe`: user_data, result, flags"""
 
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _FEAT_SINGLE_MMAP = 1 << 0
@@ -128,7 +129,7 @@ class RequestRing:
         )
         if not features & _FEAT_SINGLE_MMAP or not features & _FEAT_CQE_SKIP:
             raise OSError(errno.ENOSYS, "the kernel's io_uring is too old")
-        length = max(order + 4 * size, c_first + _COMPLETION * completions)
+        length = max(order + 4 * size, c_first + _COMPLETION.size * completions)
         rings, _ = map_shared(self._fd, _OFF_SQ_RING, length)
         self._entries, _ = map_shared(self._fd, _OFF_SQES, 64 * size)
         self.addresses = self._entries.cast("Q")[2::8]
@@ -138,7 +139,8 @@ class RequestRing:
         self._head, self._tail = head // 4, tail // 4
         self._done, self._ready = c_head // 4, c_tail // 4
         self._order = self._words[order // 4 : order // 4 + size]
-        column = rings[c_first : c_first + _COMPLETION * completions].cast("i")
+        self._answers = rings[c_first : c_first + _COMPLETION.size * completions]
+        column = self._answers.cast("i")
         self._who, self._results = column[::4], column[2::4]
         self._numbers = memoryview(array("I", range(size)))
         self._expected = memoryview(array("i", range(size)))
@@ -149,18 +151,19 @@ class RequestRing:
         A result is a number of bytes, or a negative errno. There are fewer of them when the kernel
         would not start more. Raises `OSError` when it started none.
         """
+        return self._collect(first, self._start(first, count))
+
+    def submit_alike(self, first: int, count: int, result: int) -> array[int] | None:
+        """`submit` where every request is likely to give this result: None when every one did."""
+        started = self._start(first, count)
         words = self._words
-        tail = words[self._tail]
-        _put(self._order, tail & (self._size - 1), self._numbers[first : first + count])
-        words[self._tail] = (tail + count) & 0xFFFFFFFF
-        try:
-            started = self._enter(count, 0, 0)
-        finally:
-            # What was not started is taken back. (The kernel looks at the tail in the call only.)
-            words[self._tail] = words[self._head]
-        while (ready := (words[self._ready] - words[self._done]) & 0xFFFFFFFF) < started:
-            self._enter(0, started - ready, _ENTER_GETEVENTS)
-        return self._collect(first, started)
+        done = words[self._done]
+        slot = done & (self._completions - 1)
+        answers = self._answers[_COMPLETION.size * slot : _COMPLETION.size * (slot + count)]
+        if started != count or answers.tobytes() != _answers_alike(first, count, result):
+            return self._collect(first, started)
+        words[self._done] = (done + count) & 0xFFFFFFFF
+        return None
 
     def forget(self) -> None:
         """Takes back what was not started, and drops what was not collected.
@@ -177,6 +180,21 @@ class RequestRing:
             with suppress(OSError):  # a ring that is closed may live a little longer
                 self._register(_UNREGISTER_FILES, None, 0)
         self._finalizer()
+
+    def _start(self, first: int, count: int) -> int:
+        """Has requests done; returns how many the kernel started, and has done now."""
+        words = self._words
+        tail = words[self._tail]
+        _put(self._order, tail & (self._size - 1), self._numbers[first : first + count])
+        words[self._tail] = (tail + count) & 0xFFFFFFFF
+        try:
+            started = self._enter(count, 0, 0)
+        finally:
+            # What was not started is taken back. (The kernel looks at the tail in the call only.)
+            words[self._tail] = words[self._head]
+        while (ready := (words[self._ready] - words[self._done]) & 0xFFFFFFFF) < started:
+            self._enter(0, started - ready, _ENTER_GETEVENTS)
+        return started
 
     def _collect(self, first: int, count: int) -> array[int]:
         words = self._words
@@ -211,6 +229,12 @@ class RequestRing:
             code = ctypes.get_errno()
             raise OSError(code, f"io_uring: {os.strerror(code)}")
         return result
+
+
+@lru_cache(maxsize=64)
+def _answers_alike(first: int, count: int, result: int) -> bytes:
+    """What stands in the ring of completions after requests that were done in turn."""
+    return b"".join(_COMPLETION.pack(number, result, 0) for number in range(first, first + count))
 
 
 def _put(ring: memoryview, slot: int, items: memoryview) -> None:

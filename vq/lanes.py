@@ -25,7 +25,7 @@ class Lanes:
         self._bytes = bits // 8
         self._half = 1 << bits - 1
         self._ones = lru_cache(maxsize=128)(self._one_in_each)
-        self._fill = lru_cache(maxsize=128)(self._filled)
+        self._fill = lru_cache(maxsize=128)(self.filled)
 
     def column(self, data: bytes | array[int]) -> int:
         """The numbers that lie in `data` one behind another, each in the machine's byte order."""
@@ -53,7 +53,7 @@ class Lanes:
         moved = column + self._fill(distance, count)
         return moved.to_bytes(self._bytes * count, sys.byteorder)
 
-    def _filled(self, number: int, count: int) -> int:
+    def filled(self, number: int, count: int) -> int:
         """A number in each of so many lanes."""
         return number * self._ones(count)
 

@@ -152,6 +152,12 @@ class Outbox(Protocol):
         Their headers leave nothing undone, and no frame is too short.
         """
 
+    def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """`take` for `count` frames of the same `length`; `vectors` are as many `struct iovec`."""
+
+    def send_alike(self, count: int, length: int) -> int:
+        """`send` for what `take_alike` took."""
+
     def send_in_place(
         self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
     ) -> int:

@@ -51,6 +51,7 @@ from vq.offload import (
 )
 from vq.pace import Pace
 from vq.packet import copy_range
+from vq.ring_row import Row
 from vq.ring_run import Run, TableRun
 from vq.software import PLAIN_HEADER
 from vq.split_ring import Chain, SplitRing
@@ -58,7 +59,7 @@ from vq.split_ring import Chain, SplitRing
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
 T = TypeVar("T")
-R = TypeVar("R", Run, TableRun)
+R = TypeVar("R", Row, Run, TableRun)
 
 log = limited_logger(__name__)
 
@@ -269,6 +270,7 @@ class NetDevice(Device):
         self._windows: dict[int, ReceiveWindow] = {}
         self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
+        self._rows: dict[int, Row] = {}
         for watch in self.watches:
             watch.want(reading=False, writing=False)
         forgotten = self.link.forget_waiting()
@@ -283,6 +285,7 @@ class NetDevice(Device):
             return  # the control queue, or one of a pair that was not negotiated
         if queue.index % 2:
             self._backlogs[queue.index] = deque()
+            self._rows[queue.index] = Row(queue.ring)
         else:
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
@@ -311,6 +314,7 @@ class NetDevice(Device):
         window = self._windows.pop(queue.index, None)
         if window is not None:
             window.drop_pending("queue stopped")
+        self._rows.pop(queue.index, None)
         backlog = self._backlogs.pop(queue.index, None)
         if backlog:
             self.stats["tx_dropped: queue stopped"] += len(backlog)
@@ -613,6 +617,12 @@ class NetDevice(Device):
         if outbox is None or port_index in self._broken:
             return _NONE_TAKEN
         if waiting >= _WORTH_A_BATCH and maker.takes_short_way():
+            row = self._rows[queue.index]
+            if row.look(waiting, MOST_AT_ONCE):
+                sent = self._send_run(port_index, row, maker.send_alike, outbox)
+                if sent and self.holds(queue, ring):
+                    row.give_back(sent)
+                return (), sent
             run = Run(ring, writable=False)
             run.pop(MOST_AT_ONCE)
             sent = self._send_run(port_index, run, maker.send_plain, outbox)

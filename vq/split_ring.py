@@ -220,6 +220,11 @@ class SplitRing:
         """A view of each descriptor: to copy many of them, in any order, is one call with these."""
         return [self._table[16 * index : 16 * index + 16] for index in range(self.size)]
 
+    @cached_property
+    def _elements_in_turn(self) -> bytes:
+        """A used element for each head in turn, with nothing written."""
+        return b"".join(_ELEMENT.pack(head, 0) for head in range(self.size))
+
     def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
         if gpa % align:
             raise DriverError(
@@ -830,6 +835,23 @@ class SplitRing:
             self._used_ids[slot:], self._used_ids[: end - size] = ids[:first], ids[first:]
             self._used_lengths[slot:] = lengths[:first]
             self._used_lengths[: end - size] = lengths[first:]
+
+    def _write_in_turn(self, first: int, count: int) -> None:
+        """Writes used elements for the heads from `first` on: nothing was written to those."""
+        size, used = self.size, self._used
+        slot = self._next_used & (size - 1)
+        end = slot + count
+        self._next_used = (self._next_used + count) & 0xFFFF
+        if self._resubmitted:
+            self._resubmitted.difference_update(range(first, first + count))
+        self._unpublished += self._heads[first : first + count]
+        elements = self._elements_in_turn[8 * first : 8 * (first + count)]
+        if end <= size:
+            used[4 + 8 * slot : 4 + 8 * end] = elements
+        else:
+            before = 8 * (size - slot)
+            used[4 + 8 * slot : 4 + 8 * size] = elements[:before]
+            used[4 : 4 + 8 * (end - size)] = elements[before:]
 
     # --- notifications ---------------------------------------------------------------------------
 

@@ -147,6 +147,7 @@ class _Batches:
         self._word = array("I", [_WORD] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
         self._starts = array("Q")  # where their frames start
+        self._length = 0  # of all of them, if as many as there can be are prepared
         self._room = array("I")  # and those for reading
 
     def read(self, places: Places) -> array[int]:
@@ -178,17 +179,25 @@ class _Batches:
     def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """Copies frames into the slab, one behind another; the first word of each ("I")."""
         self.slab.gather(addresses, lengths, total)
-        count, length = len(lengths), lengths[0]
-        if length % _WORD == 0 and alike(lengths):
-            return self.slab.view[:total].cast("I")[:: length // _WORD]
+        if alike(lengths):
+            return self._first_words(len(lengths), lengths[0])
         self._prepare(lengths)
-        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
-        return self._words.view[: _WORD * count].cast("I")
+        return self._words_at_starts(len(lengths))
+
+    def gather_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """The same for frames of one length, and vectors that name them."""
+        self.slab.gather_vectors(vectors, count, count * length)
+        return self._first_words(count, length)
 
     def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
         self._prepare(lengths)
         return self.ring.submit(0, len(lengths))
+
+    def write_alike(self, count: int, length: int) -> array[int] | None:
+        """The same for frames of one length; None when the kernel took each as a whole."""
+        self._prepare_alike(length)
+        return self.ring.submit_alike(0, count, length)
 
     def write_pieces(
         self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
@@ -209,11 +218,31 @@ class _Batches:
             self.ring.addresses[:count] = self._starts
             self.ring.lengths[:count] = lengths
             self._prepared = lengths[:]
+            self._length = 0
+
+    def _prepare_alike(self, length: int) -> None:
+        """The same for as many frames of this length as there can be."""
+        if length != self._length:
+            self._prepare(array("I", [length]) * min(self.COUNT, self.BYTES // length))
+            self._length = length
+
+    def _first_words(self, count: int, length: int) -> memoryview:
+        """The first word of each of so many frames of one length, in the slab."""
+        if length % _WORD == 0:
+            return self.slab.view[: count * length].cast("I")[:: length // _WORD]
+        self._prepare_alike(length)
+        return self._words_at_starts(count)
+
+    def _words_at_starts(self, count: int) -> memoryview:
+        """A copy of the first word of each frame that the entries for writing name."""
+        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
+        return self._words.view[: _WORD * count].cast("I")
 
     def forget(self) -> None:
         """What the entries are prepared for is not known any more, nor what was under way."""
         self.ring.forget()
         self._prepared, self._room = array("I"), array("I")
+        self._length = 0
 
     def gather_starts(self, addresses: array[int], size: int) -> memoryview:
         """A private copy of `size` bytes at each address; `slab.put_back` is the way back."""
@@ -281,7 +310,19 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(lengths)
             return len(lengths)
-        return self._dealt_with(lambda: self._batches.write(lengths))
+        return self._dealt_with(lambda: self._batches.write(lengths), len(lengths))
+
+    def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """See `vq.link.Outbox.take_alike`."""
+        return self._batches.gather_alike(vectors, count, length)
+
+    def send_alike(self, count: int, length: int) -> int:
+        """See `vq.link.Outbox.send_alike`."""
+        port = self._port
+        if not port.active:
+            port.dropped["inactive"] += count
+            return count
+        return self._dealt_with(lambda: self._batches.write_alike(count, length), count)
 
     def send_in_place(
         self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
@@ -291,16 +332,18 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(counts)
             return len(counts)
-        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts))
+        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts), len(counts))
 
-    def _dealt_with(self, write: Callable[[], array[int]]) -> int:
-        """Has frames written, and sees to those that were not."""
+    def _dealt_with(self, write: Callable[[], array[int] | None], count: int) -> int:
+        """Has frames written, and sees to those that were not; `write` gives None if all were."""
         port = self._port
         try:
             results = write()
         except OSError:  # forbidden since (seccomp); the plain way may not be
             port.close()
             return 0
+        if results is None:
+            return count
         dealt_with = len(results)
         if not all_between(results, 0, _LONGEST_ANSWER):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
