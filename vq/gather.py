@@ -28,7 +28,8 @@ SYSTEM_CALLS = ("preadv", "pwritev", "readv")
 
 
 class IoVectors:
-    """An array of `count` times `struct iovec`; `address` is where it lies.
+    """An array of `count` times `struct iovec`; `address` is where it lies, `pointer` the same for
+    ctypes.
 
     Pieces are shorter than 4 GiB. Columns that are arrays, addresses of "Q" and lengths of "I", are
     stored as they are, which is the fastest.
@@ -37,6 +38,7 @@ class IoVectors:
     def __init__(self, count: int) -> None:
         memory = (ctypes.c_ubyte * (2 * _WORD * count))()
         self.address = ctypes.addressof(memory)
+        self.pointer = ctypes.c_void_p(self.address)
         self.count = count
         view = memoryview(memory).cast("B")
         self._addresses = (view.cast("Q") if _WORD == 8 else view.cast("I"))[::2]
@@ -58,7 +60,8 @@ class IoVectors:
 
         Raises `OSError`.
         """
-        length: int = _readv(fd, self.address + 2 * _WORD * first, count)
+        vectors = self.pointer if not first else ctypes.c_void_p(self.address + 2 * _WORD * first)
+        length: int = _readv(fd, vectors, count)
         if length < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -102,7 +105,7 @@ class Slab:
         There is no way back for them.
         """
         self._pieces = self._total = 0
-        if _pwritev(self._fd, vectors, count, 0) != total:
+        if _pwritev(self._fd, vectors, count, _AT_START) != total:
             raise _not_copied()
 
     def put_back(self) -> None:
@@ -114,7 +117,7 @@ class Slab:
         self._finalizer()
 
     def _move(self, call: Any) -> None:
-        if call(self._fd, self._vectors.address, self._pieces, 0) != self._total:
+        if call(self._fd, self._vectors.pointer, self._pieces, _AT_START) != self._total:
             raise _not_copied()
 
 
@@ -137,15 +140,19 @@ _LENGTH = _WORD // 4 if sys.byteorder == "little" else _WORD // 2 - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _function(name: str, *more: object) -> Any:
-    """A function that takes a descriptor, vectors and their count; None where there is none."""
+def _function(name: str) -> Any:
+    """A function that returns a number of bytes; None where there is none.
+
+    Without the types of its arguments, which take more time than passing them does: pointers and
+    what is wider than an int must be objects of ctypes, or bytes.
+    """
     function = getattr(_libc, name, None)
     if function is not None:
         function.restype = ctypes.c_ssize_t
-        function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *more)
     return function
 
 
+_AT_START = ctypes.c_long(0)
 _readv = _function("readv")
-_preadv = _function("preadv", ctypes.c_long)
-_pwritev = _function("pwritev", ctypes.c_long)
+_preadv = _function("preadv")
+_pwritev = _function("pwritev")

@@ -215,10 +215,11 @@ class RequestRing:
 
     def _enter(self, submit: int, wait: int, flags: int) -> int:
         while True:
-            try:
-                return self._call(_ENTER, self._fd, submit, wait, flags, None, 0)
-            except InterruptedError:
-                continue
+            done: int = self._syscall(_ENTER, self._fd, submit, wait, flags, None, 0)
+            if done >= 0:
+                return done
+            if (code := ctypes.get_errno()) != errno.EINTR:
+                raise _refused(code)
 
     def _register(self, operation: int, argument: bytes | None, count: int) -> None:
         self._call(_REGISTER, self._fd, operation, argument, count)
@@ -226,9 +227,12 @@ class RequestRing:
     def _call(self, number: int, *arguments: object) -> int:
         result: int = self._syscall(number, *arguments)
         if result < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"io_uring: {os.strerror(code)}")
+            raise _refused(ctypes.get_errno())
         return result
+
+
+def _refused(code: int) -> OSError:
+    return OSError(code, f"io_uring: {os.strerror(code)}")
 
 
 @lru_cache(maxsize=64)

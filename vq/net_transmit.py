@@ -150,7 +150,8 @@ class FrameMaker:
         return (
             not self._responders
             and self.locked_mac is None
-            and shortest >= NET_HDR_SIZE + max(self._link.min_frame, 1)
+            and shortest > NET_HDR_SIZE
+            and shortest >= NET_HDR_SIZE + self._link.min_frame
         )
 
     def takes_place_way(self) -> bool:

@@ -20,9 +20,10 @@ __all__ = ["Row"]
 
 _DESCRIPTORS = Lanes(128)
 _SIZE = 16  # bytes of a descriptor; of a vector, too
-_KIND, _FLAGS = slice(8, 14), slice(12, 14)  # in a descriptor: length and flags, and these alone
 _NEXT = 0xFFFF << 112  # means nothing in a chain of one descriptor
 _ALL = (1 << 128) - 1
+_DETOUR = 8
+"""Bursts that are not looked at after one that was not alike."""
 # A `struct iovec` of two 64-bit words has address and length where a descriptor has them.
 _VECTORS_FIT = sys.byteorder == "little" and ctypes.sizeof(ctypes.c_void_p) == 8
 
@@ -46,6 +47,7 @@ class Row:
         self.vectors = b""
         self._ring = ring
         self._first = 0  # the head of the first chain
+        self._detour = 0  # bursts that are not looked at
         self._set_region(ring._window)
 
     def __len__(self) -> int:
@@ -58,10 +60,14 @@ class Row:
         """Reads up to `limit` of the chains that wait; returns how many.
 
         `waiting` is how many there are, as `SplitRing.waiting` said. None when they are not all
-        alike, while the ring has or the device holds some that come before them, and where
-        somebody keeps a log of what the device holds.
+        alike, and for a few bursts after that; while the ring has or the device holds some that
+        come before them; and where somebody keeps a log of what the device holds.
         """
         self.count = 0
+        self._detour -= 1
+        if self._detour >= 0:
+            return 0
+        self._detour = _DETOUR  # until all goes well
         ring = self._ring
         if ring._undone or ring._resubmit or ring._order or ring._inflight_log is not None:
             return 0
@@ -76,9 +82,9 @@ class Row:
         if heads != ring._words_in_turn[2 * first : 2 * end]:
             return 0
         copy = ring._table[_SIZE * first : _SIZE * end].tobytes()
-        kind = copy[_KIND]
-        if copy[-_SIZE:][_KIND] != kind or any(copy[_FLAGS]):
-            return 0  # for a closer look it would be a pity
+        kind = copy[8:14]  # length and flags
+        if kind[4:] != b"\0\0" or copy[-8:-2] != kind:  # what is likely to differ is looked at first
+            return 0
         if ring._outstanding[first:end].count(None) != count:
             return 0
         self.length = int.from_bytes(kind, "little")
@@ -86,6 +92,7 @@ class Row:
         if not vectors:
             return 0
         self.vectors, self._first, self.count = vectors, first, count
+        self._detour = 0
         return count
 
     def give_back(self, count: int) -> None:

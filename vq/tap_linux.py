@@ -310,7 +310,7 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(lengths)
             return len(lengths)
-        return self._dealt_with(lambda: self._batches.write(lengths), len(lengths))
+        return self._dealt_with(lambda: self._batches.write(lengths))
 
     def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
         """See `vq.link.Outbox.take_alike`."""
@@ -322,7 +322,11 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += count
             return count
-        return self._dealt_with(lambda: self._batches.write_alike(count, length), count)
+        try:
+            results = self._batches.write_alike(count, length)
+        except OSError:
+            return self._forbidden()
+        return count if results is None else self._judged(results)
 
     def send_in_place(
         self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
@@ -332,18 +336,24 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(counts)
             return len(counts)
-        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts), len(counts))
+        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts))
 
-    def _dealt_with(self, write: Callable[[], array[int] | None], count: int) -> int:
-        """Has frames written, and sees to those that were not; `write` gives None if all were."""
-        port = self._port
+    def _dealt_with(self, write: Callable[[], array[int]]) -> int:
+        """Has frames written, and sees to those that were not."""
         try:
             results = write()
-        except OSError:  # forbidden since (seccomp); the plain way may not be
-            port.close()
-            return 0
-        if results is None:
-            return count
+        except OSError:
+            return self._forbidden()
+        return self._judged(results)
+
+    def _forbidden(self) -> int:
+        """io_uring is forbidden since (seccomp); the plain way may not be."""
+        self._port.close()
+        return 0
+
+    def _judged(self, results: array[int]) -> int:
+        """How many frames need no more attention, by the kernel's answers."""
+        port = self._port
         dealt_with = len(results)
         if not all_between(results, 0, _LONGEST_ANSWER):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
