@@ -236,6 +236,8 @@ class _WatchedOutbox:
         self.most_bytes = outbox.most_bytes
         self.take = outbox.take
         self._send = outbox.send
+        self.take_alike = outbox.take_alike
+        self._send_alike = outbox.send_alike
         self.starts, self.starts_address = outbox.starts, outbox.starts_address
         self._send_in_place = outbox.send_in_place
         self._port = port
@@ -245,6 +247,15 @@ class _WatchedOutbox:
         if not lengths[: self._port.most_at_once]:
             return 0
         taken = self._send(lengths[: self._port.most_at_once])
+        self._port.written["NONE"] += taken
+        return taken
+
+    def send_alike(self, count: int, length: int) -> int:
+        self._port.refused += max(0, count - self._port.most_at_once)
+        count = min(count, self._port.most_at_once)
+        if not count:
+            return 0
+        taken = self._send_alike(count, length)
         self._port.written["NONE"] += taken
         return taken
 
