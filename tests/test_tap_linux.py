@@ -1058,6 +1058,43 @@ def take(outbox: Outbox, frames: Sequence[bytes]) -> array[int]:
     return lengths
 
 
+def take_alike(outbox: Outbox, frames: Sequence[bytes]) -> tuple[int, int]:
+    """The same for frames of one length; returns what `send_alike` is to be told."""
+    buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
+    count, length = len(frames), len(frames[0])
+    vectors = b"".join(struct.pack("@PN", ctypes.addressof(b), length) for b in buffers)
+    taken = outbox.take_alike(vectors, count, length)
+    assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
+    return count, length
+
+
+@needs_tap
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
+def test_a_burst_of_frames_of_one_length_arrives_in_its_order(
+    namespace: str, tap: LinuxTap, count: int
+) -> None:
+    """Again and again, at each offset in a word, and with others in between."""
+    outbox = outbox_of(tap)
+    with udp_socket(namespace) as endpoint:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        port = endpoint.getsockname()[1]
+        for turn in range(9):
+            texts = [b"%03d of %03d %s" % (n, turn, b"x" * (turn // 2 * 5)) for n in range(count)]
+            frames = [PLAIN + udp(5000, port, text) for text in texts]
+            assert outbox.send_alike(*take_alike(outbox, frames)) == count
+            assert [endpoint.recv(2000) for _ in texts] == texts
+            if turn % 3 == 0:
+                others = [b"in between", b"of another", b"length"][: turn // 3 + 1]
+                lengths = take(outbox, [PLAIN + udp(5000, port, text) for text in others])
+                assert outbox.send(lengths) == len(others)
+                assert [endpoint.recv(2000) for _ in others] == others
+            if turn == 5:  # it knows nothing of its entries any more
+                tap.ports[0].was_used_elsewhere()
+                assert tap.ports[0]._batches is not None
+                tap.ports[0]._batches.ring.addresses[:128] = array("Q", [0]) * 128
+    assert not tap.ports[0].dropped
+
+
 @needs_tap
 @pytest.mark.parametrize("count", [1, 3, 64, 128])
 def test_a_burst_of_short_frames_arrives_in_its_order(
@@ -1087,14 +1124,17 @@ def test_frames_of_a_burst_that_the_kernel_refuses_are_counted(
         lengths = take(outbox, [bad + good, PLAIN + good, bad + good])
         assert outbox.send(lengths) == 3
         assert endpoint.recv(100) == b"good"
-    assert tap.ports[0].dropped == {"bad header": 2}
+        assert outbox.send_alike(*take_alike(outbox, [PLAIN + good, bad + good])) == 2
+        assert endpoint.recv(100) == b"good"
+    assert tap.ports[0].dropped == {"bad header": 3}
     tap.set_up(False)
     assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 3
-    assert tap.ports[0].dropped == {"bad header": 2, "interface down": 3}
+    assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(60)] * 3)) == 3
+    assert tap.ports[0].dropped == {"bad header": 3, "interface down": 6}
 
 
 @needs_tap
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("way", ["copied", "alike", "in place"])
 @pytest.mark.parametrize(
     ("answers", "dealt_with", "dropped"),
     [
@@ -1111,14 +1151,17 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
     answers: list[int],
     dealt_with: int,
     dropped: dict[str, int],
-    in_place: bool,
+    way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
-    if in_place:
+    for name in ("submit", "submit_alike"):
+        monkeypatch.setattr(tap_linux.RequestRing, name, lambda *_: array("i", answers))
+    if way == "in place":
         assert send_in_place(outbox, [[PLAIN, bytes(14)]] * 4) == dealt_with
+    elif way == "alike":
+        assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     else:
         assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     assert tap.ports[0].dropped == dropped
@@ -1130,6 +1173,8 @@ def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap)
     ip("-n", namespace, "link", "del", tap.name)
     with pytest.raises(OSError, match="the tap is gone"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
+    with pytest.raises(OSError, match="the tap is gone"):
+        outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(60)]))
     tap.ports[0].longest = 1522
     with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(LendingRoom(2000), 64)

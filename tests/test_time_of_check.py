@@ -51,12 +51,13 @@ def memory() -> Iterator[GuestMemory]:
         yield memory
 
 
-@pytest.fixture(params=[False, True], ids=["", "in place"])
+@pytest.fixture(params=["", "copied", "in place"])
 def in_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Frames go the plain way, or are fetched by the link where they lie."""
+    """Frames go the plain way, or are copied together, or fetched by the link where they lie."""
     with frames_by_address() if request.param else contextlib.nullcontext():
-        monkeypatch.setattr("vq.net._WORTH_A_BATCH", 1000)
-        yield request.param
+        if request.param == "in place":
+            monkeypatch.setattr("vq.net._WORTH_A_BATCH", 1000)
+        yield request.param == "in place"
 
 
 @contextmanager
