@@ -83,9 +83,10 @@ def test_requests_with_one_result_are_done_round_and_round(
         assert results is None or (results.tolist() == [4] * count and turn > 2)
         assert [far.recv(100) for _ in texts] == texts
         point(requests, 8, [bytes(8)] * 2)
-        assert list(requests.submit_alike(8, 2, -errno.EAGAIN) or [-errno.EAGAIN] * 2) == [
-            -errno.EAGAIN
-        ] * 2
+        assert (
+            list(requests.submit_alike(8, 2, -errno.EAGAIN) or [-errno.EAGAIN] * 2)
+            == [-errno.EAGAIN] * 2
+        )
         assert buffers
     requests.close()
 
@@ -106,7 +107,8 @@ def test_where_one_result_is_another_all_are_told(
     point(requests, 0, [b"text"] * 3)
     requests.addresses[odd] = 1 << 12
     results = requests.submit_alike(0, 3, 4)
-    assert results is not None and results[odd] == -errno.EFAULT and sum(results) == 8 - errno.EFAULT
+    assert results is not None and results[odd] == -errno.EFAULT
+    assert sum(results) == 4 + 4 - errno.EFAULT
     requests.close()
 
 

@@ -85,7 +85,11 @@ def test_frames_of_one_length_are_sent_as_a_row(memory: GuestMemory, count: int)
 @pytest.mark.parametrize("at", [0, 3, 7])
 @pytest.mark.parametrize(
     "header",
-    [NET_HDR.pack(1, 0, 0, 0, 34, 16, 0), tcp_header(500).pack(), NET_HDR.pack(0, 0, 9, 0, 0, 0, 0)],
+    [
+        NET_HDR.pack(1, 0, 0, 0, 34, 16, 0),
+        tcp_header(500).pack(),
+        NET_HDR.pack(0, 0, 9, 0, 0, 0, 0),
+    ],
 )
 def test_a_frame_that_leaves_work_undone_is_sent_with_its_work(
     memory: GuestMemory, header: bytes, at: int
@@ -125,12 +129,15 @@ def test_a_responder_is_asked_about_each_frame(memory: GuestMemory) -> None:
     assert len(asked) == len(link.port.written) == 6 and outbox(link).alike == 0
 
 
-@pytest.mark.parametrize(("length", "alike"), [(0, 0), (1, 0), (13, 0), (14, 5), (26000, 5)])
+@pytest.mark.parametrize(
+    ("shortest", "length", "alike"),
+    [(14, 0, 0), (14, 1, 0), (14, 13, 0), (14, 14, 5), (14, 26000, 5), (0, 0, 0), (0, 1, 5)],
+)
 def test_the_link_judges_frames_that_are_too_short(
-    memory: GuestMemory, length: int, alike: int
+    memory: GuestMemory, shortest: int, length: int, alike: int
 ) -> None:
     link = ScriptedLink()
-    link.min_frame = 14
+    link.min_frame = shortest
     guest = World(memory, link).raw()
     send(guest, [guest.put(PLAIN + bytes(length))] * 5)
     assert link.port.frames == [bytes(length)] * 5 and outbox(link).alike == alike
@@ -157,6 +164,8 @@ def test_what_a_full_link_did_not_take_of_a_row_is_sent_later(
     heads = send(guest, put_all(guest, frames))
     assert link.port.frames == frames[:takes] and outbox(link).alike == takes
     assert guest.used(1) == [(head, 0) for head in heads[:takes]]
+    assert world.device.stats["tx_frames"] == takes
+    assert world.device.stats["tx_bytes"] == 64 * takes
     link.port.takes = None
     assert link.port.on_writable is not None
     link.port.on_writable()
@@ -202,6 +211,17 @@ def test_a_driver_may_reset_the_device_while_a_row_is_sent(memory: GuestMemory) 
     assert outbox(link).alike == 8 and ring.peek_used_index() == 0
     assert ring.peek_used(0) == (0, 0) == ring.peek_used(1)
     assert not world.device._rows, "nor does the device look at it any more"
+
+
+def test_a_queue_that_stops_leaves_nothing_behind(memory: GuestMemory) -> None:
+    """Nobody is to look at a ring's memory when the ring is gone; it may be unmapped."""
+    link = ScriptedLink()
+    world = World(memory, link)
+    guest = world.raw()
+    send(guest, put_all(guest, [frame(n) for n in range(8)]))
+    assert outbox(link).alike == 8 and list(world.device._rows) == [1]
+    world.device.stop_queue(1)
+    assert not world.device._rows
 
 
 def test_what_was_looked_at_is_what_is_sent(memory: GuestMemory) -> None:
