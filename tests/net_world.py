@@ -59,6 +59,7 @@ def frames_by_address() -> Iterator[None]:
         patch.setattr(ScriptedPort, "by_address", True)
         patch.setattr("vq.net._WORTH_A_BATCH", 1)
         patch.setattr("vq.net._WORTH_PLACES", 1)
+        patch.setattr("vq.net._WORTH_PLACES_ALONE", 1)
         patch.setattr("vq.net_receive._DETOUR", 0)
         patch.setattr("vq.net_transmit._DETOUR", 0)
         patch.setattr("vq.ring_row._DETOUR", 0)

@@ -72,7 +72,8 @@ COMMANDS_PER_TURN = 8
 _NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
-_WORTH_PLACES = 2  # likewise, for frames that are sent in place
+_WORTH_PLACES = 2  # likewise, for frames that are sent in place,
+_WORTH_PLACES_ALONE = 12  # and for those of one buffer each, which are soon sent anyhow
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
 FRAMES_PER_TURN = 256
@@ -631,7 +632,8 @@ class NetDevice(Device):
             run.give_back(_NOTHING_WRITTEN[:sent])
             if sent or run:
                 return run.to_chains(), sent
-        if maker.takes_place_way():
+        is_worth_it = waiting >= _WORTH_PLACES_ALONE or not ring.singles_ahead(waiting)
+        if is_worth_it and maker.takes_place_way():
             tables = TableRun(ring)
             tables.pop(BURST, BYTES_PER_TURN)
             sent = self._send_run(port_index, tables, maker.send_in_place, outbox)

@@ -292,6 +292,18 @@ class SplitRing:
             )
         return count
 
+    def singles_ahead(self, waiting: int) -> bool:
+        """Whether the first and the last of so many waiting chains seem to be one buffer each.
+
+        That is for a guess at what they are: the driver may change it before they are popped.
+        """
+        words, mask, position = self._avail_words, self.size - 1, self._next_avail
+        first, last = words[2 + (position & mask)], words[2 + (position + waiting - 1 & mask)]
+        if _BIG_ENDIAN:
+            first, last = _swap16(first), _swap16(last)
+        flags = self._flags[first & mask] | self._flags[last & mask]
+        return not (_swap16(flags) if _BIG_ENDIAN else flags) & (DESC_F_INDIRECT | DESC_F_NEXT)
+
     @property
     def avail_index(self) -> int:
         """What the driver's available index says now, possible or not."""
