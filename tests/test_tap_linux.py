@@ -1079,37 +1079,23 @@ def test_a_burst_of_frames_of_one_length_arrives_in_its_order(
         endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         port = endpoint.getsockname()[1]
         for turn in range(9):
-            texts = [b"%03d of %03d %s" % (n, turn, b"x" * (turn // 2 * 5)) for n in range(count)]
+            few = count - (turn % 4 == 1)  # then more of the same length
+            padding = b"x" * ((turn + 1) // 2 * 5)
+            texts = [b"%03d of %03d %s" % (n, turn, padding) for n in range(few)]
             frames = [PLAIN + udp(5000, port, text) for text in texts]
-            assert outbox.send_alike(*take_alike(outbox, frames)) == count
+            if frames:
+                assert outbox.send_alike(*take_alike(outbox, frames)) == few
             assert [endpoint.recv(2000) for _ in texts] == texts
-            if turn % 3 == 0:
-                others = [b"in between", b"of another", b"length"][: turn // 3 + 1]
+            if turn in (5, 7):
+                others = [b"in between", b"of another", b"length"]
                 lengths = take(outbox, [PLAIN + udp(5000, port, text) for text in others])
                 assert outbox.send(lengths) == len(others)
                 assert [endpoint.recv(2000) for _ in others] == others
-            if turn == 4:  # it knows nothing of its entries any more
+            if turn == 3:  # it knows nothing of its entries any more
                 tap.ports[0].was_used_elsewhere()
                 assert tap.ports[0]._batches is not None
                 tap.ports[0]._batches.ring.addresses[:128] = array("Q", [0]) * 128
     assert not tap.ports[0].dropped
-
-
-@needs_tap
-@pytest.mark.parametrize("length", [26, 2048, 2051, 65536])
-def test_nothing_is_prepared_to_be_written_that_is_not_gathered_memory(
-    tap: LinuxTap, length: int
-) -> None:
-    outbox = outbox_of(tap)
-    assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(length - 12)])) == 1
-    batches = tap.ports[0]._batches
-    assert batches is not None and not tap.ports[0].dropped
-    places = list(zip(batches.ring.addresses[:128], batches.ring.lengths[:128], strict=True))
-    prepared = places[: batches.BYTES // length]
-    assert {size for _, size in prepared} == {length}
-    assert all(not start or not size for start, size in places[len(prepared) :])
-    end = batches.slab.address + batches.BYTES
-    assert all(batches.slab.address <= start <= end - length for start, _ in prepared)
 
 
 @needs_tap

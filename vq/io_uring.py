@@ -53,8 +53,8 @@ _PARAMS = struct.Struct("=10I" + "10I" * 2)
 """`struct io_uring_params`: ten words, then where things lie in the two rings' memory."""
 _ENTRY = struct.Struct("=BBHiQQIIQ24x")
 """`struct io_uring_sqe`: opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data"""
-_COMPLETION = struct.Struct("=QiI")
-"""`struct io_uring_cqe`: user_data, result, flags"""
+_COMPLETION = 16
+"""`struct io_uring_cqe`: u64 user_data, s32 result, u32 flags."""
 
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _FEAT_SINGLE_MMAP = 1 << 0
@@ -129,7 +129,7 @@ class RequestRing:
         )
         if not features & _FEAT_SINGLE_MMAP or not features & _FEAT_CQE_SKIP:
             raise OSError(errno.ENOSYS, "the kernel's io_uring is too old")
-        length = max(order + 4 * size, c_first + _COMPLETION.size * completions)
+        length = max(order + 4 * size, c_first + _COMPLETION * completions)
         rings, _ = map_shared(self._fd, _OFF_SQ_RING, length)
         self._entries, _ = map_shared(self._fd, _OFF_SQES, 64 * size)
         self.addresses = self._entries.cast("Q")[2::8]
@@ -139,7 +139,7 @@ class RequestRing:
         self._head, self._tail = head // 4, tail // 4
         self._done, self._ready = c_head // 4, c_tail // 4
         self._order = self._words[order // 4 : order // 4 + size]
-        self._answers = rings[c_first : c_first + _COMPLETION.size * completions]
+        self._answers = rings[c_first : c_first + _COMPLETION * completions]
         column = self._answers.cast("i")
         self._who, self._results = column[::4], column[2::4]
         self._numbers = memoryview(array("I", range(size)))
@@ -159,7 +159,7 @@ class RequestRing:
         words = self._words
         done = words[self._done]
         slot = done & (self._completions - 1)
-        answers = self._answers[_COMPLETION.size * slot : _COMPLETION.size * (slot + count)]
+        answers = self._answers[_COMPLETION * slot : _COMPLETION * (slot + count)]
         if started != count or answers.tobytes() != _answers_alike(first, count, result):
             return self._collect(first, started)
         words[self._done] = (done + count) & 0xFFFFFFFF
@@ -238,7 +238,10 @@ def _refused(code: int) -> OSError:
 @lru_cache(maxsize=64)
 def _answers_alike(first: int, count: int, result: int) -> bytes:
     """What stands in the ring of completions after requests that were done in turn."""
-    return b"".join(_COMPLETION.pack(number, result, 0) for number in range(first, first + count))
+    answers = array("Q", bytes(_COMPLETION * count))
+    answers[::2] = array("Q", range(first, first + count))
+    memoryview(answers).cast("B").cast("i")[2::4] = array("i", [result]) * count
+    return answers.tobytes()
 
 
 def _put(ring: memoryview, slot: int, items: memoryview) -> None:

@@ -25,7 +25,8 @@ class Lanes:
         self._bytes = bits // 8
         self._half = 1 << bits - 1
         self._ones = lru_cache(maxsize=128)(self._one_in_each)
-        self._fill = lru_cache(maxsize=128)(self.filled)
+        self.fill = lru_cache(maxsize=128)(self._filled)
+        """`fill(number, count)` is a number in each of so many lanes."""
 
     def column(self, data: bytes | array[int]) -> int:
         """The numbers that lie in `data` one behind another, each in the machine's byte order."""
@@ -37,7 +38,7 @@ class Lanes:
         False too for numbers of which the highest bit is set, whatever `high` is; no bound is
         negative.
         """
-        half, fill = self._half, self._fill
+        half, fill = self._half, self.fill
         high = min(high, half - 1)
         if low > high:
             return False
@@ -50,11 +51,10 @@ class Lanes:
 
     def moved(self, column: int, count: int, distance: int) -> bytes:
         """The numbers with `distance` added to each, which must not leave their lanes."""
-        moved = column + self._fill(distance, count)
+        moved = column + self.fill(distance, count)
         return moved.to_bytes(self._bytes * count, sys.byteorder)
 
-    def filled(self, number: int, count: int) -> int:
-        """A number in each of so many lanes."""
+    def _filled(self, number: int, count: int) -> int:
         return number * self._ones(count)
 
     def _one_in_each(self, count: int) -> int:

@@ -154,7 +154,7 @@ def _expected(
         return None
     most = room - length
     bits = most.bit_length()
-    fill = _DESCRIPTORS.filled
+    fill = _DESCRIPTORS.fill
     return (
         fill(start | length << 64, count),
         fill(_ALL & ~_NEXT & ~((1 << bits) - 1), count),

@@ -147,7 +147,7 @@ class _Batches:
         self._word = array("I", [_WORD] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
         self._starts = array("Q")  # where their frames start
-        self._length = 0  # of all of them, if as many as there can be are prepared
+        self._length = 0  # of each of them, where they are known to be of one length
         self._room = array("I")  # and those for reading
 
     def read(self, places: Places) -> array[int]:
@@ -196,7 +196,7 @@ class _Batches:
 
     def write_alike(self, count: int, length: int) -> array[int] | None:
         """The same for frames of one length; None when the kernel took each as a whole."""
-        self._prepare_alike(length)
+        self._prepare_alike(count, length)
         return self.ring.submit_alike(0, count, length)
 
     def write_pieces(
@@ -211,26 +211,29 @@ class _Batches:
 
     def _prepare(self, lengths: array[int]) -> None:
         """Has the entries for writing name frames of these lengths."""
-        count = len(lengths)
-        if lengths != self._prepared[:count]:
+        if lengths != self._prepared[: len(lengths)]:
             starts = accumulate(lengths, initial=self.slab.address)
-            self._starts = array("Q", list(starts)[:count])
-            self.ring.addresses[:count] = self._starts
-            self.ring.lengths[:count] = lengths
-            self._prepared = lengths[:]
+            self._store(array("Q", list(starts)[: len(lengths)]), lengths[:])
             self._length = 0
 
-    def _prepare_alike(self, length: int) -> None:
-        """The same for as many frames of this length as there can be."""
-        if length != self._length:
-            self._prepare(array("I", [length]) * min(self.COUNT, self.BYTES // length))
+    def _prepare_alike(self, count: int, length: int) -> None:
+        """The same for so many frames of one length."""
+        if length != self._length or count > len(self._prepared):
+            first = self.slab.address
+            starts = array("Q", range(first, first + count * length, length))
+            self._store(starts, array("I", [length]) * count)
             self._length = length
+
+    def _store(self, starts: array[int], lengths: array[int]) -> None:
+        count = len(lengths)
+        self.ring.addresses[:count] = self._starts = starts
+        self.ring.lengths[:count] = self._prepared = lengths
 
     def _first_words(self, count: int, length: int) -> memoryview:
         """The first word of each of so many frames of one length, in the slab."""
         if length % _WORD == 0:
             return self.slab.view[: count * length].cast("I")[:: length // _WORD]
-        self._prepare_alike(length)
+        self._prepare_alike(count, length)
         return self._words_at_starts(count)
 
     def _words_at_starts(self, count: int) -> memoryview:
@@ -242,7 +245,6 @@ class _Batches:
         """What the entries are prepared for is not known any more, nor what was under way."""
         self.ring.forget()
         self._prepared, self._room = array("I"), array("I")
-        self._length = 0
 
     def gather_starts(self, addresses: array[int], size: int) -> memoryview:
         """A private copy of `size` bytes at each address; `slab.put_back` is the way back."""
