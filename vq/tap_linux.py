@@ -312,7 +312,11 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(lengths)
             return len(lengths)
-        return self._dealt_with(lambda: self._batches.write(lengths))
+        try:
+            results = self._batches.write(lengths)
+        except OSError:
+            return self._forbidden()
+        return self._judged(results)
 
     def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
         """See `vq.link.Outbox.take_alike`."""
