@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import struct
 import tempfile
 from array import array
 from collections import deque
@@ -13,7 +14,16 @@ from typing import cast
 
 import pytest
 
-from vq.abi import DESC_F_NEXT, DESC_F_WRITE, Feature, HdrFlag, HdrGso, NetFeature, feature_mask
+from vq.abi import (
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    NET_HDR_SIZE,
+    Feature,
+    HdrFlag,
+    HdrGso,
+    NetFeature,
+    feature_mask,
+)
 from vq.driver import Driver, DriverRing, GuestBuffer
 from vq.gather import IoVectors
 from vq.link import (
@@ -52,14 +62,20 @@ def ethernet(payload: bytes, *, to: bytes = OUR_MAC, source: bytes = OTHER_MAC) 
 
 
 @contextmanager
-def frames_by_address() -> Iterator[None]:
-    """Frames go the short way wherever they can, as with a real port that has an outbox."""
+def frames_by_address(*, alone: bool = False) -> Iterator[None]:
+    """Frames go the short way wherever they can, as with a real port that has an outbox; with
+    `alone` those towards the guest each in a turn of its own, as when they come one at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScriptedPort, "by_address", True)
+        if alone:
+            patch.setattr(ScriptedPort, "alone", True)
+            patch.setattr("vq.pace.Pace.expects_one", True)
         patch.setattr("vq.net._WORTH_A_BATCH", 1)
         patch.setattr("vq.net._WORTH_PLACES", 1)
+        patch.setattr("vq.net._WORTH_PLACES_ALONE", 1)
         patch.setattr("vq.net_receive._DETOUR", 0)
         patch.setattr("vq.net_transmit._DETOUR", 0)
+        patch.setattr("vq.ring_row._DETOUR", 0)
         yield
 
 
@@ -68,6 +84,10 @@ class ScriptedPort(Port):
 
     by_address = False
     """Whether it uses the short way, as a real port with an outbox does."""
+    alone = False
+    """Whether frames then are read one at a time."""
+    longest = MAX_FRAME
+    """The longest frame that it says may come."""
 
     def __init__(self, fd: int | None = None) -> None:
         super().__init__()
@@ -82,6 +102,8 @@ class ScriptedPort(Port):
         self.reads = 0
         self.read_apart = 0
         """Frames that went straight to their places, and were accepted there."""
+        self.read_alone = 0
+        """Frames that were read into room that was prepared for one."""
 
     def fileno(self) -> int | None:
         return self.fd
@@ -103,9 +125,16 @@ class ScriptedPort(Port):
         self.reads += 1
         if self.error is not None:
             raise self.error
-        moved = self._read_apart(cast(PlacesRoom, room), limit) if self.by_address else 0
+        if self.alone and self.incoming and (views := cast(PlacesRoom, room).lend_alone()):
+            header, data = self.incoming.popleft()
+            scatter((header[:10] + b"\0\0" + data,), views)
+            cast(PlacesRoom, room).commit_alone(NET_HDR_SIZE + len(data))
+            self.read_alone += 1
+            return 1
+        apart = self.by_address and not self.alone
+        moved = self._read_apart(cast(PlacesRoom, room), limit) if apart else 0
         while moved < limit and self.incoming:
-            if self.by_address and (places := cast(PlacesRoom, room).lend_together(MAX_FRAME)):
+            if self.by_address and (places := cast(PlacesRoom, room).lend_together(self.longest)):
                 self._read_together(cast(PlacesRoom, room), *places)
                 moved += 1
                 continue
@@ -163,6 +192,8 @@ class ScriptedOutbox:
         self._taken = b""
         self.in_place = 0
         """Frames that the port took out of the guest's memory."""
+        self.alike = 0
+        """Frames that came as ones of the same length."""
         starts = (ctypes.c_ubyte * (MOST_AT_ONCE * START_ROOM))()
         self.starts = memoryview(starts).cast("B")
         self.starts_address = ctypes.addressof(starts)
@@ -180,10 +211,21 @@ class ScriptedOutbox:
         assert all(frame[:2] == b"\0\0" for frame in whole), "nothing is left undone"
         return self._port.write_burst(frames)
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        pieces = list(struct.iter_unpack("@PN", vectors))
+        assert len(pieces) == count and all(size == length for _, size in pieces)
+        addresses = array("Q", [address for address, _ in pieces])
+        return self.take(addresses, array("I", [length] * count), count * length)
+
+    def send_alike(self, count: int, length: int) -> int:
+        sent = self.send(array("I", [length] * count))
+        self.alike += sent
+        return sent
+
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """Looks into that memory when the port does, as a kernel would."""
+        assert vectors.typecode == "Q"
+        addresses, lengths = vectors[::2], vectors[1::2]
         assert 1 <= len(counts) <= MOST_AT_ONCE and min(counts) >= 1
         assert len(addresses) == len(lengths) == sum(counts) <= MOST_PIECES and min(lengths) >= 1
         pieces = [
@@ -191,9 +233,10 @@ class ScriptedOutbox:
             for address, length in zip(addresses, lengths, strict=True)
         ]
         frames: list[Frame] = []
+        room = self.starts_address
         for number, first in enumerate(itertools.accumulate(counts[:-1], initial=0)):
-            room = addresses[first] - self.starts_address
-            assert room == number * START_ROOM and 12 <= lengths[first] <= START_ROOM
+            assert addresses[first] == room and 12 <= lengths[first] <= START_ROOM
+            room += lengths[first]
             header, *frame = pieces[first : first + counts[number]]
             frames.append([bytes(header[:12]), header[12:], *frame])
             assert 14 <= sum(map(len, frames[-1])) - 12 <= MAX_FRAME

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import queue
@@ -30,7 +31,7 @@ from typing import Any, TypeVar, cast
 
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, HdrFlag, HdrGso, feature_mask
 from vq.gather import IoVectors
-from vq.link import START_ROOM, Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
+from vq.link import Frame, Link, Outbox, PlacesRoom, Port, Room, scatter
 from vq.memory import GuestMemory
 from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver, NetHeader
@@ -236,6 +237,8 @@ class _WatchedOutbox:
         self.most_bytes = outbox.most_bytes
         self.take = outbox.take
         self._send = outbox.send
+        self.take_alike = outbox.take_alike
+        self._send_alike = outbox.send_alike
         self.starts, self.starts_address = outbox.starts, outbox.starts_address
         self._send_in_place = outbox.send_in_place
         self._port = port
@@ -248,16 +251,24 @@ class _WatchedOutbox:
         self._port.written["NONE"] += taken
         return taken
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def send_alike(self, count: int, length: int) -> int:
+        self._port.refused += max(0, count - self._port.most_at_once)
+        count = min(count, self._port.most_at_once)
+        if not count:
+            return 0
+        taken = self._send_alike(count, length)
+        self._port.written["NONE"] += taken
+        return taken
+
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         self._port.refused += max(0, len(counts) - self._port.most_at_once)
         counts = counts[: self._port.most_at_once]
         if not counts:
             return 0
-        pieces = sum(counts)
-        taken = self._send_in_place(addresses[:pieces], lengths[:pieces], counts)
-        for start in range(0, taken * START_ROOM, START_ROOM):
+        taken = self._send_in_place(vectors[: 2 * sum(counts)], counts)
+        firsts = itertools.accumulate(counts, initial=0)
+        for first in itertools.islice(firsts, taken):
+            start = vectors[2 * first] - self.starts_address
             self._port.written[undone(bytes(self.starts[start : start + 12]))] += 1
         self._port.in_place += taken
         return taken
@@ -274,6 +285,7 @@ class _Watched:
             self.lend_apart = self._room.lend_apart
             self.looks_at = self._room.looks_at
             self.lend_together = self._lend_together
+            self.lend_alone = self._room.lend_alone
 
     def commit(self, header: bytes, length: int) -> None:
         self._count(header, length)
@@ -300,6 +312,10 @@ class _Watched:
         assert address is not None
         self._count(ctypes.string_at(address, 12), length - 12)
         self._room.commit_together(length)
+
+    def commit_alone(self, length: int) -> None:
+        self._count(bytes(self._room.lend_alone()[0][:12]), length - 12)
+        self._room.commit_alone(length)
 
     def _count(self, header: bytes, length: int) -> None:
         kind = undone(header)

@@ -11,9 +11,10 @@ from typing import ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manual_loop import ManualLoop
 
 from vq.abi import Feature, Status
-from vq.device import RING_FEATURES, Device, Queue, Watch, with_needs_met
+from vq.device import LOOK_SECONDS, RING_FEATURES, Device, Queue, Watch, with_needs_met
 from vq.errors import DriverError, UsageError
 from vq.memory import GuestMemory
 from vq.split_ring import Chain, SplitRing
@@ -66,7 +67,7 @@ class Echo(Device):
                 ring.write_used(chain)
         self.trouble("written")
         (self.publish if self.haste else self.publish_without_haste)(queue)
-        return ring.enable_kicks()
+        return self.rest(queue, ring)
 
     def note(self, step: str, *what: object) -> None:
         self.happened.append((step, *what) if what else step)
@@ -736,17 +737,17 @@ def test_a_call_is_made_only_when_the_driver_wants_it(bench: Bench) -> None:
     assert bench.used(0) == [(2, 3)]
 
 
-class Unhurried:
-    """A device that publishes without haste, and an event loop that waits for a lull."""
+class Unhurried(ManualLoop):
+    """A device that publishes without haste, and its event loop."""
 
     def __init__(self, bench: Bench, features: int = VERSION_1) -> None:
+        super().__init__()
         self.bench = bench
-        self.waiting: list[Callable[[], None]] = []
         self.device = bench.bring_up(features)
         self.device.haste = False
         bench.offer(0, 0)
         self.device.notify(0)  # the first call is always made
-        self.device.on_can_wait = self.waiting.append
+        self.device.event_loop = self
         bench.calls.clear()
         bench.used(0)
 
@@ -754,10 +755,6 @@ class Unhurried:
         """Has the device deal with a chain."""
         self.bench.offer(0, head)
         self.device.notify(0)
-
-    def lull(self) -> None:
-        for callback in [self.waiting.pop() for _ in range(len(self.waiting))]:
-            callback()
 
 
 def test_what_is_published_without_haste_is_seen_at_once_and_called_for_in_a_lull(
@@ -777,7 +774,7 @@ def test_what_is_published_without_haste_is_seen_at_once_and_called_for_in_a_lul
 
 def test_without_an_event_loop_there_is_no_lull_to_wait_for(bench: Bench) -> None:
     unhurried = Unhurried(bench)
-    unhurried.device.on_can_wait = None
+    unhurried.device.event_loop = None
     unhurried.use(1)
     assert bench.calls == [0]
 
@@ -802,6 +799,48 @@ def test_a_call_in_haste_is_for_what_was_published_without_it_too(bench: Bench) 
     assert bench.calls == [0]
     unhurried.lull()
     assert bench.calls == [0]
+
+
+def test_a_call_that_would_be_in_vain_waits_a_moment_longer(bench: Bench) -> None:
+    unhurried = Unhurried(bench, VERSION_1 | EVENT_IDX)
+    queue = unhurried.device.queues[0]
+    bench.memory.write(AVAIL + 4 + 2 * 4, b"\1\0")  # used_event: at the next one
+    unhurried.use(1)
+    queue.driver_looks_soon = True
+    unhurried.lull()
+    assert not bench.calls and [seconds for seconds, _ in unhurried.later] == [LOOK_SECONDS]
+    bench.memory.write(AVAIL + 4 + 2 * 4, b"\2\0")  # it has seen that one
+    unhurried.let_time_pass()
+    assert not bench.calls
+    unhurried.use(2)
+    queue.driver_looks_soon = True
+    unhurried.lull()
+    unhurried.let_time_pass()
+    assert bench.calls == [0]  # it has not seen this one
+
+
+def test_what_came_after_a_driver_was_called_is_none_that_it_looks_for_soon(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    unhurried.use(1)
+    unhurried.device.queues[0].driver_looks_soon = True
+    unhurried.lull()
+    unhurried.use(2)
+    assert not bench.calls
+    unhurried.lull()
+    assert bench.calls == [0]
+    unhurried.let_time_pass()
+    assert bench.calls == [0]
+
+
+def test_a_driver_that_may_wait_for_room_is_called_in_the_next_lull(bench: Bench) -> None:
+    unhurried = Unhurried(bench)
+    size = unhurried.device.queues[0].ring.size  # type: ignore[union-attr]
+    for head in range(1, size // 4 + 2):
+        unhurried.use(head % size)
+        bench.used(0)
+    unhurried.device.queues[0].driver_looks_soon = True
+    unhurried.lull()
+    assert bench.calls == [0] and not unhurried.later
 
 
 def test_a_call_that_waits_is_made_before_its_queue_stops(bench: Bench) -> None:
@@ -1030,3 +1069,85 @@ def test_a_watch_tells_of_changes_only() -> None:
     watch.want(reading=False)
     watch.want(writing=False)
     assert heard == [(True, True), (False, True), (False, False)]
+
+
+# --- looking instead of being kicked --------------------------------------------------------------
+
+
+class Looking(ManualLoop):
+    """A device that rests when there is nothing to do, and its event loop."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.bench = bench
+        self.device = bench.bring_up(VERSION_1 | EVENT_IDX)
+        self.device.event_loop = self
+        self.device.notify(0)
+
+    @property
+    def asks_for_a_kick_at(self) -> int:
+        """avail_event (virtio 1.3, 2.7.10)."""
+        return int.from_bytes(self.bench.memory.read(USED + 4 + 8 * 4, 2), "little")
+
+
+def test_an_event_loop_looks_for_buffers_until_it_sleeps(bench: Bench) -> None:
+    looking = Looking(bench)
+    [lookout] = looking.lookouts
+    assert not lookout.look()
+    for head in (0, 1):
+        bench.offer(0, head)
+        assert lookout.look() and looking.asks_for_a_kick_at == 0
+        lookout.deal()
+        assert bench.used(0) == [(head, head + 1)] and not lookout.look()
+    assert not lookout.rest()
+    assert looking.asks_for_a_kick_at == 2
+
+
+def test_buffers_that_came_when_the_loop_went_to_sleep_are_told(bench: Bench) -> None:
+    looking = Looking(bench)
+    bench.offer(0, 0)
+    assert looking.lookouts[0].rest()
+
+
+def test_without_an_event_loop_that_looks_the_driver_is_to_kick(bench: Bench) -> None:
+    looking = Looking(bench)
+    looking.looks_out = False
+    for offered, loop in enumerate((looking, None), 1):
+        looking.device.event_loop = loop
+        bench.offer(0, 0)
+        looking.device.notify(0)
+        assert looking.asks_for_a_kick_at == offered
+
+
+def test_what_an_earlier_device_left_over_is_not_left_to_a_look(bench: Bench) -> None:
+    looking = Looking(bench)
+    looking.device.stop_queue(0)
+    bench.offer(0, 0, 1)
+    bench.place(0, next_avail=2, resubmit=(1, 0))  # type: ignore[arg-type]
+    looking.device.notify(0)
+    assert bench.used(0) == [(1, 2), (0, 1)]
+
+
+@pytest.mark.parametrize("what", ["reset", "stopped", "broken"])
+def test_a_lookout_sees_nothing_in_a_ring_that_is_not_the_devices(bench: Bench, what: str) -> None:
+    looking = Looking(bench)
+    bench.offer(0, 0)
+    if what == "reset":
+        looking.device.write_status(0)
+    elif what == "stopped":
+        looking.device.stop_queue(0)
+    else:
+        looking.device.accept_features(0)
+        assert looking.device.status & NEEDS_RESET
+    assert not looking.lookouts[0].look() and not looking.lookouts[0].rest()
+    assert looking.asks_for_a_kick_at == 0
+
+
+def test_an_impossible_index_is_the_drivers_fault_also_when_the_loop_goes_to_sleep(
+    bench: Bench,
+) -> None:
+    looking = Looking(bench)
+    bench.memory.write(AVAIL + 2, (100).to_bytes(2, "little"))
+    assert not looking.lookouts[0].rest()
+    assert isinstance(looking.device.fault, DriverError)
+    assert not looking.lookouts[0].look()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import struct
 import tempfile
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -47,13 +50,37 @@ def test_the_slab_is_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_memory_that_is_not_there_is_an_error(place: int) -> None:
+@pytest.mark.parametrize("as_vectors", [False, True])
+def test_memory_that_is_not_there_is_an_error(place: int, as_vectors: bool) -> None:
     slab = Slab(4096, 2)
     there = ctypes.create_string_buffer(16)
     addresses = [ctypes.addressof(there)] * 2
     addresses[place] = NOWHERE
     with pytest.raises(OSError, match="Bad address"):
-        slab.gather(addresses, [16, 16], 32)
+        if as_vectors:
+            slab.gather_vectors(vectors_of(addresses, [16, 16]), 2, 32)
+        else:
+            slab.gather(addresses, [16, 16], 32)
+    slab.close()
+
+
+def vectors_of(addresses: Sequence[int], lengths: Sequence[int]) -> bytes:
+    pairs = zip(addresses, lengths, strict=True)
+    return b"".join(struct.pack("@PN", *pair) for pair in pairs)
+
+
+def test_pieces_may_be_given_as_vectors() -> None:
+    """They are not put back: what was gathered before is not either."""
+    slab = Slab(4096, 2)
+    buffers = [ctypes.create_string_buffer(text) for text in (b"one", b"three")]
+    addresses = [ctypes.addressof(buffer) for buffer in buffers]
+    slab.gather(addresses, [4, 6], 10)
+    slab.view[:10] = bytes(10)
+    slab.gather_vectors(vectors_of(addresses, [3, 2]), 2, 5)
+    assert bytes(slab.view[:10]) == b"oneth" + bytes(5)
+    slab.view[:10] = bytes(10)
+    slab.put_back()
+    assert [buffer.value for buffer in buffers] == [b"one", b"three"]
     slab.close()
 
 
@@ -84,15 +111,16 @@ def test_rows_of_vectors_lie_behind_one_another() -> None:
     assert vectors.places([9]).tolist() == [vectors.address]
 
 
-def test_what_a_read_refuses_is_an_error() -> None:
+def test_what_a_read_refuses_is_a_negative_error_number() -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     memory = ctypes.create_string_buffer(4)
     vectors = IoVectors(1)
     vectors.put(0, [ctypes.addressof(memory)], [4])
     try:
-        with pytest.raises(BlockingIOError):
-            vectors.read(reading, 0, 1)
+        assert vectors.read(reading, 0, 1) == -errno.EAGAIN
+        os.write(writing, b"four")
+        assert vectors.read(reading, 0, 1) == 4 and memory.raw == b"four"
     finally:
         os.close(reading)
         os.close(writing)

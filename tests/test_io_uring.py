@@ -68,6 +68,73 @@ def test_requests_are_done_in_their_order_round_and_round(
     requests.close()
 
 
+def test_requests_with_one_result_are_done_round_and_round(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Whatever was left in the ring of completions by those before, which had the same result."""
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE, Opcode.READ)
+    for turn in range(60):
+        count = turn % 8 + 1
+        texts = [b"%02d %d" % (turn, n) for n in range(count)]
+        buffers = point(requests, 0, texts)
+        results = requests.submit_alike(0, count, 4)
+        # Round the end of the ring there is no comparing.
+        assert results is None or (results.tolist() == [4] * count and turn > 2)
+        assert [far.recv(100) for _ in texts] == texts
+        point(requests, 8, [bytes(8)] * 2)
+        assert (
+            list(requests.submit_alike(8, 2, -errno.EAGAIN) or [-errno.EAGAIN] * 2)
+            == [-errno.EAGAIN] * 2
+        )
+        assert buffers
+    requests.close()
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_where_one_result_is_another_all_are_told(
+    pair: tuple[socket.socket, socket.socket], odd: int
+) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    for text in (b"text", b"longer"):
+        texts = [b"text"] * 3
+        texts[odd] = text
+        buffers = point(requests, 0, texts)
+        results = requests.submit_alike(0, 3, 4)
+        assert results is None if text == b"text" else list(results or ()) == list(map(len, texts))
+        assert [far.recv(100) for _ in texts] == texts and buffers
+    point(requests, 0, [b"text"] * 3)
+    requests.addresses[odd] = 1 << 12
+    results = requests.submit_alike(0, 3, 4)
+    assert results is not None and results[odd] == -errno.EFAULT
+    assert sum(results) == 4 + 4 - errno.EFAULT
+    requests.close()
+
+
+def test_fewer_requests_than_asked_for_are_told(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies behind them in the ring is from before, and may look the same."""
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    buffers = point(requests, 0, [b"text"] * 8)
+    for _ in range(4):  # all of the ring
+        assert requests.submit_alike(0, 8, 4) is None
+    enter = requests._enter
+    monkeypatch.setattr(requests, "_enter", lambda count, *more: enter(min(count, 5), *more))
+    results = requests.submit_alike(0, 8, 4)
+    assert results is not None and results.tolist() == [4] * 5
+    monkeypatch.undo()
+    assert list(requests.submit_alike(0, 8, 4) or [4] * 8) == [4] * 8
+    for _ in range(4 * 8 + 5 + 8):
+        assert far.recv(100) == b"text"
+    with pytest.raises(BlockingIOError):
+        far.recv(100)
+    assert buffers
+    requests.close()
+
+
 def test_a_request_may_be_of_many_pieces(pair: tuple[socket.socket, socket.socket]) -> None:
     near, far = pair
     requests = ring(near.fileno(), Opcode.WRITE, Opcode.WRITEV)
@@ -236,4 +303,29 @@ def test_a_process_that_shares_a_ring_and_dies_in_the_middle_leaves_nothing_behi
         assert [far.recv(100) for _ in buffers] == texts
     with pytest.raises(BlockingIOError):
         far.recv(100)
+    requests.close()
+
+
+def test_a_call_that_was_interrupted_is_made_again(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = pair
+    requests = ring(near.fileno(), Opcode.WRITE)
+    buffers = point(requests, 0, [b"one", b"two"])
+    syscall, failures = requests._syscall, [errno.EINTR, errno.EINTR]
+
+    def interrupted(*arguments: object) -> int:
+        if not failures:
+            return int(syscall(*arguments))
+        ctypes.set_errno(failures.pop())
+        return -1
+
+    monkeypatch.setattr(requests, "_syscall", interrupted)
+    assert requests.submit(0, 2).tolist() == [3, 3] and buffers
+    assert [far.recv(9), far.recv(9)] == [b"one", b"two"] and not failures
+    failures.append(errno.EPERM)
+    with pytest.raises(PermissionError):
+        requests.submit(0, 2)
+    assert requests.submit(0, 1).tolist() == [3]
+    monkeypatch.undo()
     requests.close()

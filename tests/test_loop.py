@@ -273,15 +273,30 @@ def test_in_dense_traffic_the_loop_does_not_look(
     assert clockwork.looked >= 20 * NEAR
 
 
-def test_what_can_wait_is_done_at_once_where_traffic_is_not_dense(loop: Loop) -> None:
-    done: list[int] = []
-    loop.call_in_lull(lambda: done.append(1))
-    assert done == [1]
-    loop.run_once(0)
-    assert done == [1]
+def test_what_can_wait_is_done_before_the_loop_sleeps(loop: Loop, clockwork: Clockwork) -> None:
+    done: list[float] = []
+    clockwork.events = [(FAR, 5)]
+    loop.call_in_lull(lambda: done.append(clockwork.now))
+    assert not done
+    loop.run_once()
+    assert len(done) == 1 and clockwork.slept == 0
+    loop.run_once()
+    assert len(done) == 1 and clockwork.slept > 0
 
 
-def test_in_dense_traffic_what_can_wait_is_done_once_nothing_else_is_ready(
+def test_what_can_wait_waits_while_an_event_is_expected(loop: Loop, clockwork: Clockwork) -> None:
+    run_events(loop, clockwork, [(NEAR * number, 5) for number in range(4)])
+    done: list[float] = []
+    loop.call_in_lull(lambda: done.append(clockwork.now))
+    begin = clockwork.now
+    clockwork.events = [(begin + NEAR, 5), (begin + FAR, 5)]
+    loop.run_once()
+    assert not done
+    loop.run_once()
+    assert len(done) == 1 and begin + NEAR + LINGER <= done[0] <= begin + NEAR + 2 * LINGER
+
+
+def test_what_can_wait_is_done_once_nothing_else_is_ready(
     loop: Loop, pipe: tuple[int, int]
 ) -> None:
     read_end, write_end = pipe
@@ -292,7 +307,6 @@ def test_in_dense_traffic_what_can_wait_is_done_once_nothing_else_is_ready(
         done.append("read")
 
     loop.watch(read_end, readable=readable)
-    loop.much_was_moved()
     loop.call_in_lull(lambda: done.append("waited"))
     os.write(write_end, b"12")
     for _ in range(3):
@@ -353,3 +367,132 @@ def test_what_is_left_to_do_in_a_lull_is_done_before_the_loop_sleeps(loop: Loop)
     loop.run()
     late.cancel()
     assert done == [1] and time.monotonic() - began < 4
+
+
+# --- looking out for what no descriptor tells ----------------------------------------------------
+
+
+class Letterbox:
+    """Something comes at the times that it was told to; a bell rings if that is wanted."""
+
+    BELL = 7
+
+    def __init__(self, loop: Loop, clockwork: Clockwork) -> None:
+        self.loop = loop
+        self.clockwork = clockwork
+        self.letters: list[float] = []
+        self.opened: list[float] = []
+        self.rested = 0
+        self.just_now = False  # something comes when the bell is switched on
+
+    def look(self) -> bool:
+        return bool(self.letters) and self.letters[0] <= self.clockwork.now
+
+    def rest(self) -> bool:
+        self.rested += 1
+        self.clockwork.events += [(time, self.BELL) for time in self.letters[:1]]
+        came, self.just_now = self.just_now, False
+        return came
+
+    def deal(self) -> None:
+        self.opened.append(self.clockwork.now)
+        del self.letters[:1]
+        self.loop.look_out(self)
+
+
+def test_what_a_lookout_sees_is_dealt_with_without_sleep(loop: Loop, clockwork: Clockwork) -> None:
+    box = Letterbox(loop, clockwork)
+    run_events(loop, clockwork, [(NEAR * number, 5) for number in range(4)])
+    begin = clockwork.now
+    box.letters = [begin + NEAR * number for number in range(1, 10)]
+    assert loop.look_out(box)
+    while box.letters:
+        loop.run_once()
+        if box.look():
+            box.deal()  # told by the bell
+    # It had to learn what follows: on what it sees, and on the bell.
+    assert box.rested <= 2 and clockwork.slept <= 3 * NEAR
+    assert len(box.opened) == 9 and clockwork.now <= begin + 10 * NEAR
+
+
+def test_a_loop_that_goes_to_sleep_has_its_lookouts_rest_once(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    box = Letterbox(loop, clockwork)
+    clockwork.events = [(FAR, 5), (2 * FAR, 5)]
+    loop.look_out(box)
+    loop.look_out(box)
+    loop.run_once()
+    assert box.rested == 1 and not box.opened and clockwork.now == FAR
+    loop.run_once()
+    assert box.rested == 1
+
+
+def test_what_came_just_before_the_rest_is_dealt_with_before_the_loop_sleeps(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    box = Letterbox(loop, clockwork)
+    box.just_now = True
+    clockwork.events = [(FAR, 5)]
+    loop.look_out(box)
+    loop.run_once()
+    assert len(box.opened) == 1 and clockwork.slept == 0
+    loop.run_once()
+    assert box.rested == 2 and clockwork.slept > 0
+
+
+def test_a_loop_with_something_else_to_do_does_not_have_its_lookouts_rest(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    box = Letterbox(loop, clockwork)
+    loop.look_out(box)
+    loop.call_soon(lambda: None)
+    loop.run_once()
+    assert not box.rested
+    loop.run_once(0)  # whoever calls so may sleep elsewhere
+    assert box.rested == 1
+
+
+def test_a_lookout_is_asked_in_each_turn_however_busy_the_loop_is(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    box = Letterbox(loop, clockwork)
+    loop.look_out(box)
+    box.letters = [0.0] * 5
+    clockwork.events = [(0.0, 5) for _ in range(5)]
+    for turn in range(1, 6):
+        loop.run_once()
+        assert len(box.opened) == turn and len(clockwork.events) == 5 - turn
+
+
+def test_a_lookout_that_has_dealt_with_something_is_asked_again_only_if_it_wants_that(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    box = Letterbox(loop, clockwork)
+    loop.look_out(box)
+    box.letters = [0.0, 0.0]
+    box.loop = Loop()  # where it asks for more
+    for _ in range(3):
+        loop.run_once(0)
+    box.loop.close()
+    assert len(box.opened) == 1 and not box.rested
+
+
+def test_in_dense_traffic_nobody_looks_out(loop: Loop, clockwork: Clockwork) -> None:
+    box = Letterbox(loop, clockwork)
+    loop.much_was_moved()
+    assert not loop.look_out(box)
+    clockwork.events = [(0.0, 5)] * 20
+    while clockwork.events:
+        loop.run_once()
+    assert loop.look_out(box)
+
+
+def test_letters_far_apart_cost_no_time_of_looking(loop: Loop, clockwork: Clockwork) -> None:
+    """Each is told by an event, and the next one is looked out for in vain."""
+    box = Letterbox(loop, clockwork)
+    clockwork.events = [(FAR * number, 5) for number in range(1, 40)]
+    while clockwork.events:
+        loop.look_out(box)
+        loop.run_once()
+    assert box.rested == 39 and clockwork.looked <= 40 * LINGER / 10

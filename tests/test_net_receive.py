@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manual_loop import ManualLoop
 from net_frames import TCP, UDP, make_frame, make_payload, slow_sum
 from net_world import (
     BROADCAST,
@@ -30,6 +31,7 @@ from net_world import (
 )
 
 from vq.abi import NET_HDR, CtrlRx, HdrFlag, NetFeature, Status
+from vq.device import LOOK_SECONDS
 from vq.driver import GuestBuffer
 from vq.errors import DriverError
 from vq.memory import GuestMemory
@@ -304,6 +306,20 @@ def test_as_many_frames_are_expected_as_came_last_and_then_a_rest(
         pace.end(frames)
         clock.now += rested * 1e-6
     assert pace.begin() == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "alone"),
+    [([], False), ([1], False), ([1, 1], True), ([1, 1, 2], False), ([1, 1, 2, 1], False)],
+)
+def test_room_for_a_frame_alone_is_worth_it_where_the_last_two_came_so(
+    turns: list[int], alone: bool
+) -> None:
+    pace = Pace()
+    for frames in turns:
+        pace.begin()
+        pace.end(frames)
+    assert pace.expects_one == alone
 
 
 class Trickle:
@@ -692,7 +708,7 @@ def test_the_short_way_gives_a_guest_what_the_plain_one_does(
             frame = tagged(frame, vlan)
         frames.append((header, frame))
 
-    def outcome() -> tuple[list[tuple[NetHeader, bytes]], dict[str, int]]:
+    def outcome(*, alone: bool = False) -> tuple[list[tuple[NetHeader, bytes]], dict[str, int]]:
         with GuestMemory.allocate((0x100000, 1 << 20), (0x4000000, 12 << 20)) as memory:
             link = ScriptedLink()
             world = World(memory, link, **({} if mtu is None else {"mtu": mtu}))
@@ -701,6 +717,10 @@ def test_the_short_way_gives_a_guest_what_the_plain_one_does(
             assert driver.set_receive_mode(CtrlRx.PROMISC, promiscuous)
             for header, frame in frames:
                 link.port.incoming.append((header, frame))
+                if alone:
+                    link.deliver()
+                    window = world.device._windows[0]
+                    assert not (window._chains and window._usual.left), "held in one way"
             link.deliver()
             got = []
             while received := driver.receive():
@@ -711,6 +731,146 @@ def test_the_short_way_gives_a_guest_what_the_plain_one_does(
     plain = outcome()
     with frames_by_address():
         assert outcome() == plain
+    with frames_by_address(alone=True):
+        assert outcome(alone=True) == plain
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rooms=st.lists(st.integers(28, 400), min_size=20, max_size=60)
+    | st.lists(st.sampled_from((100, 200)), min_size=20, max_size=60)
+    | st.integers(1, 60).map(lambda count: [100] * count),
+    lengths=st.lists(
+        st.integers(0, 900) | st.sampled_from((88, 188, 288, 388, 488)) | st.integers(900, 5000),
+        min_size=3,
+        max_size=12,
+    ),
+    alone=st.booleans(),
+    at_a_time=st.sampled_from((1, 3, 128)),
+)
+def test_frames_fill_usual_buffers_one_behind_another(
+    rooms: list[int], lengths: list[int], alone: bool, at_a_time: int
+) -> None:
+    """However many of them are held when a frame comes: the rest of it stands in the spill."""
+    with (
+        GuestMemory.allocate(1 << 20) as memory,
+        frames_by_address(alone=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("vq.net_receive._MANY", at_a_time)
+        patch.setattr(Pace, "expects_one", alone)
+        link = ScriptedLink()
+        link.port.longest = 5000
+        guest = World(memory, link).raw(MRG)
+        buffers = Buffers(guest)
+        for size in rooms:
+            buffers.offer([size])
+        guest.driver.kick(0)
+        guest.device.notify(0)  # it may have been told not to kick
+        frames = [make_payload(length) for length in lengths]
+        for frame in frames:
+            link.deliver(frame)
+        used = guest.used(0)
+        assert [head for head, _ in used] == buffers.order[: len(used)]
+        written, dropped = expected_use(rooms, lengths, mergeable=True)
+        assert [count for _, count in used] == written and not dropped
+        got, rest = [], list(used)
+        while rest:
+            count = NET_HDR.unpack(buffers.content(rest[0][0])[:12])[6]
+            got.append(b"".join(buffers.content(head)[:n] for head, n in rest[:count])[12:])
+            del rest[:count]
+        assert got == frames[: len(got)]
+        assert guest.device.fault is None
+
+
+ALONE = features("MRG_RXBUF", "GUEST_CSUM", "MTU")
+
+
+def test_frames_that_come_one_at_a_time_are_read_into_room_that_was_prepared(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Also after some that were not for the guest, were longer than a buffer, or longer than all
+    that is held; and not once the guest has no buffers left."""
+    with frames_by_address(alone=True):
+        world = World(memory, link, mtu=9000)
+        driver = filtering(world, ALONE, receive_buffer_size=300)
+        sent = [ethernet(bytes([n]) * 46) for n in range(12)]
+        sent[5] = ethernet(make_payload(4000))
+        sent[7] = ethernet(b"", to=BROADCAST)
+        for number, frame in enumerate(sent):
+            link.deliver(frame)
+            link.deliver(ethernet(b"", to=OTHER_MAC))
+            link.deliver(ethernet(bytes(9009)))
+            assert link.port.read_alone == 3 * number + 2
+        assert [frame.data for frame in driver.receive()] == sent
+        assert world.dropped("rx") == {"filtered": 12, "longer than the mtu": 12}
+        stats = world.device.stats
+        assert (stats["rx_frames"], stats["rx_bytes"]) == (12, sum(map(len, sent)))
+        link.port.read_alone = 0
+        many = [ethernet(n.to_bytes(2, "big") * 23) for n in range(600)]
+        for frame in many:
+            link.deliver(frame)
+        assert 200 < link.port.read_alone < 600 and len(link.port.incoming) > 300
+        got = []
+        while received := driver.receive():
+            got += [frame.data for frame in received]
+        assert got == many
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("length", [0, 5, 6, 13, 14])
+def test_a_frame_is_not_judged_by_what_stood_in_its_buffer_before(
+    memory: GuestMemory, link: ScriptedLink, prepared: bool, length: int
+) -> None:
+    """One without a whole destination is wanted by no filter, though the guest's own address stands
+    behind its end."""
+    with frames_by_address(alone=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "expects_one", prepared)
+        guest = World(memory, link).raw(MRG | features("CTRL_VQ", "CTRL_VLAN"))
+        for _ in range(4):
+            guest.offer(0, (), [guest.put((PLAIN + FRAME).ljust(300))])
+        for frame in (FRAME, FRAME, FRAME[:length]):
+            link.deliver(frame)
+        assert link.port.read_alone == (2 if prepared else 0)
+        lengths = [written for _, written in guest.used(0)]
+        assert lengths == [12 + len(FRAME)] * 2 + [12 + length] * (length >= 6)
+
+
+@pytest.mark.parametrize("to", ["reset", "stop", "unplug"])
+def test_a_driver_may_do_anything_when_it_is_called_for_a_frame_that_came_alone(
+    memory: GuestMemory, link: ScriptedLink, to: str
+) -> None:
+    """After that nothing of its rings is touched."""
+    with frames_by_address(alone=True):
+        world = World(memory, link)
+        guest = world.raw(MRG | features("CTRL_VQ", "CTRL_RX"))
+        device = world.device
+        for _ in range(100):
+            guest.offer(0, (), [guest.room(300)], kick=False)
+        guest.driver.kick(0)
+        for _ in range(3):
+            link.deliver(FRAME)
+        assert link.port.read_alone == 2 and len(guest.used(0)) == 3
+        ring = device.queues[0].ring
+        assert ring is not None
+        popped = -1
+
+        def called(index: int) -> None:
+            nonlocal popped
+            if to == "reset":
+                device.reset()
+            elif to == "stop":
+                device.stop_queue(index)
+            else:
+                device.set_link_up(False)
+            popped = ring.next_avail
+
+        device.on_queue_call = called
+        link.deliver(FRAME)
+        assert popped == (4 if to == "stop" else ring.next_avail)
+        assert device.fault is None and device.stats["rx_frames"] == 4
+        assert [written for _, written in guest.used(0)] == [len(FRAME) + 12]
+        assert ring.next_avail == popped
 
 
 def test_frames_for_the_guest_itself_go_the_short_way_past_its_filters(
@@ -1036,6 +1196,36 @@ def test_frames_for_others_never_touch_the_guests_memory(
         assert b"secretsecret" not in bytes(region.view)
 
 
+def test_frames_that_come_alone_into_the_smallest_buffers(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    with frames_by_address(alone=True):
+        world = World(memory, link)
+        guest = world.raw(MRG)
+        for _ in range(15):
+            guest.offer(0, (), [guest.room(17)])
+        world.device.notify(0)
+        for _ in range(3):
+            link.deliver(FRAME[:60])
+        assert world.device.fault is None
+        assert [written for _, written in guest.used(0)] == [17, 17, 17, 17, 4] * 3
+
+
+def test_frames_for_others_that_come_alone_do_not_either(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    with frames_by_address(alone=True):
+        guest = World(memory, link, lock_mac=True).raw(MRG)
+        for _ in range(65):  # one more than are taken at a time
+            guest.offer(0, (), [guest.room(700)])
+        for _ in range(64):
+            link.deliver(FRAME)
+        link.deliver(ethernet(b"secret" * 100, to=OTHER_MAC))
+        assert [written for _, written in guest.used(0)] == [12 + len(FRAME)] * 64
+        for region in memory.regions:
+            assert b"secretsecret" not in bytes(region.view)
+
+
 def test_without_a_lock_the_guest_gets_all_frames(memory: GuestMemory, link: ScriptedLink) -> None:
     driver = World(memory, link).drive()
     link.deliver(ethernet(b"", to=OTHER_MAC))
@@ -1056,35 +1246,71 @@ def test_a_locked_mac_with_offloads_and_many_buffers(
     assert b"".join(f.data[54:] for f in driver.receive()) == make_payload(50000)
 
 
-def test_calls_for_little_wait_for_a_lull_and_much_is_told(
+def test_calls_for_what_was_sent_wait_for_a_lull_and_much_is_told(
     memory: GuestMemory, link: ScriptedLink
 ) -> None:
-    """Acknowledgements are small, and no guest waits until they are sent."""
+    """What a guest sent is its own again as soon as it looks; no guest waits until then."""
     world = World(memory, link)
     guest = world.raw(features("CSUM"))
     frame = NET_HDR.pack(HdrFlag.NEEDS_CSUM, 0, 0, 0, 14, 0, 0) + FRAME
     device = world.device
     guest.offer(1, [guest.put(frame)])  # the first call is always made
     calls: list[int] = []
-    waiting: list[Callable[[], None]] = []
-    moved: list[int] = []
+    loop = ManualLoop()
+    loop.looks_out = False
     device.on_queue_call = calls.append
-    device.on_can_wait = waiting.append
-    device.on_much_moved = lambda: moved.append(1)
-    guest.offer(1, [guest.put(frame)])
-    assert not calls and len(waiting) == 1
-    waiting.pop()()
-    assert calls == [1] and not moved
-    guest.offer(1, [guest.put(frame + bytes(4000))])
-    assert calls == [1, 1] and not waiting and not moved
+    device.event_loop = loop
+    for times, payload in ((1, b""), (2, bytes(4000))):
+        guest.offer(1, [guest.put(frame + payload)])
+        assert calls == [1] * (times - 1) and len(loop.waiting) == 1
+        loop.lull()
+        assert calls == [1] * times and not loop.moved
     guest.offer(1, [guest.put(frame + bytes(20000))])
-    assert calls == [1, 1, 1] and moved == [1]
+    assert loop.moved == 1
+    loop.lull()
+    calls.clear()
     for _ in range(16):
         link.port.incoming.append((PLAIN, ethernet(bytes(1486))))
         guest.offer(0, writable=[guest.room(1600)], kick=False)
     guest.driver.kick(0)
     device.notify(0)
-    assert moved == [1, 1] and calls == [1, 1, 1, 0]
+    assert loop.moved == 2 and calls == [0]
+
+
+def test_a_driver_that_was_called_for_what_it_received_has_time_to_look_what_it_sent(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Linux' driver does, and then wants no call for it; such a call costs both sides more than a
+    frame does."""
+    world = World(memory, link)
+    guest = world.raw(features("CSUM"))
+    calls: list[int] = []
+    loop = ManualLoop()
+    loop.looks_out = False
+
+    def exchange() -> None:
+        guest.offer(1, [guest.put(PLAIN + FRAME)])
+        link.port.incoming.append((PLAIN, FRAME))
+        guest.offer(0, writable=[guest.room(1600)], kick=False)
+        guest.driver.kick(0)
+        world.device.notify(0)
+
+    exchange()
+    world.device.on_queue_call = calls.append
+    world.device.event_loop = loop
+    exchange()
+    assert calls == [0]
+    loop.lull()
+    assert calls == [0] and [seconds for seconds, _ in loop.later] == [LOOK_SECONDS]
+    loop.let_time_pass()
+    assert calls == [0, 1]
+    exchange()
+    loop.lull()
+    guest.offer(1, [guest.put(PLAIN + FRAME)])  # of this it was not told
+    loop.lull()
+    assert calls == [0, 1, 0, 1]
+    loop.let_time_pass()
+    assert calls == [0, 1, 0, 1]
 
 
 def test_thousands_of_small_buffers_are_not_more_than_are_shown_to_the_kernel(

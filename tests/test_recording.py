@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manual_loop import ManualLoop
 from net_world import ScriptedLink, ethernet
 
 from vq import cli
@@ -287,16 +288,16 @@ def test_no_call_waits_while_a_session_is_recorded(tmp_path: Path) -> None:
 
     def use(wired: Wired) -> None:
         wired.driver.probe()
-        device.on_can_wait = waiting.append
+        device.event_loop = loop
         ring = wired.driver.queues[0]
         for _ in range(3):
             ring.add([(wired.driver.allocator.allocate(16), 16)])
             ring.publish()
             wired.transport.notify(0)
-            assert len(ring.collect()) == 1 and not waiting
-        device.on_can_wait = None
+            assert len(ring.collect()) == 1 and not loop.waiting
+        device.event_loop = None
 
-    waiting: list[Callable[[], None]] = []
+    loop = ManualLoop()
     device = Unhurried()
     path = tmp_path / "session.vqrec"
     record(path, device, use)

@@ -10,6 +10,7 @@ import copy
 import ctypes
 import itertools
 import random
+import struct
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from vq.abi import Feature
 from vq.driver import DriverRing, GuestAllocator
 from vq.errors import DriverError
 from vq.memory import GuestMemory
+from vq.ring_row import Row
 from vq.ring_run import Run, TableRun
 from vq.split_ring import Chain, SplitRing
 
@@ -321,24 +323,49 @@ class RingMachine(RuleBasedStateMachine):
             token = self.waiting.pop(0)
             sent = self.sent[token]
             assert run.heads[index] == sent.head
-            pieces = slice(at, at + run.counts[index])
-            places = zip(run.addresses[pieces], run.lengths[pieces], strict=True)
+            vectors = run.vectors[at : at + 2 * run.counts[index]]
+            places = zip(vectors[::2], vectors[1::2], strict=True)
             assert b"".join(ctypes.string_at(*place) for place in places) == sent.readable
-            at = pieces.stop
+            assert run.sizes[index] == len(sent.readable)
+            at += len(vectors)
             self.order.append(token)
             if index < use:
                 self.give_back(token, 0)
             else:
                 popped.append(token)
-        assert at == len(run.addresses) == len(run.lengths)
+        assert at == len(run.vectors)
         run.give_back(min(use, count))
         chains = run.to_chains()
-        assert not run and not run.addresses and not run.lengths and not run.counts
+        assert not run and not run.vectors and not run.sizes and not run.counts
         pairs = list(zip(popped, chains, strict=True))
         for token, chain in pairs:
             assert b"".join(map(bytes, chain.readable)) == self.sent[token].readable
         self.held += pairs
         self.last_popped = (self.last_popped if not min(use, count) else []) + pairs
+
+    @rule(limit=st.sampled_from([1, 2, 3, 64]), use=st.integers(0, 4))
+    def device_looks_at_a_row(self, limit: int, use: int) -> None:
+        """Chains of one length each, of which some are taken and given back at once."""
+        self.device_sleeps = False
+        slot = self.device._next_avail & (self.device.size - 1)
+        free = not self.device._undone and not self.device._order
+        row = Row(self.device)
+        waiting = self.device.waiting()
+        count = row.look(waiting, limit)
+        expected = self.waiting[: min(limit, self.device.size - slot)]
+        usual = free and all(self.is_usual(token, writable=False) for token in expected)
+        alike = len({len(self.sent[token].readable) for token in expected}) == 1
+        assert count in ((0, len(expected)) if usual and alike else (0,))
+        use = min(use, count)
+        pieces = struct.iter_unpack("@PN", row.vectors[: 16 * use])
+        for token, place in zip(self.waiting[:use], pieces, strict=True):
+            assert ctypes.string_at(*place) == self.sent[token].readable
+            self.order.append(token)
+            self.give_back(token, 0)
+        del self.waiting[:use]
+        if use:
+            row.give_back(use)
+            self.last_popped = []
 
     def is_in_one_table(self, token: int) -> bool:
         sent = self.sent[token]

@@ -203,6 +203,48 @@ def test_what_a_run_wrote_is_marked_dirty() -> None:
         assert bitmap[1] == 0b0000110
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    heads=st.permutations(range(8)),
+    written=st.lists(st.integers(0, 0x300), min_size=1, max_size=7),
+    start=st.sampled_from((0, 5, 0xFFFE)),
+    resubmitted=st.integers(0, 2),
+)
+def test_chains_given_back_one_by_one_are_as_those_given_back_together(
+    heads: list[int], written: list[int], start: int, resubmitted: int
+) -> None:
+    def outcome(give_back: Callable[[Run], None]) -> object:
+        with GuestMemory.allocate((0, 0x10000)) as memory:
+            guest = Guest(memory, start=start)
+            memory.dirty_log = DirtyLog(bitmap := bytearray(16), page_size=512)
+            notes = Notes(guest)
+            for head in range(8):
+                guest.desc(head, 0x8000 + 0x400 * head, 0x300, WRITE)
+            guest.offer(*heads)
+            ring = guest.ring(inflight_log=notes, resubmit=heads[:resubmitted])
+            ring._next_avail = (start + resubmitted) & 0xFFFF
+            run = Run(ring, writable=True)
+            if resubmitted:
+                assert run.adopt([ring.pop() for _ in range(resubmitted)])  # type: ignore[misc]
+            while run.pop(8):
+                pass  # up to where the ring begins anew
+            assert len(run) == 8
+            bitmap[:] = bytes(16)
+            give_back(run)
+            count = ring.publish()
+            held = run.heads, run.addresses, run.lengths, ring.outstanding, ring.next_avail
+            undone = run.to_chains()
+            ring.undo_pop(undone)
+            position = ring.next_avail, ring.next_used, ring.left_over
+            return count, guest.used(), held, bytes(bitmap), notes.calls, position
+
+    def one_by_one(run: Run) -> None:
+        for length in written:
+            run.give_back_one(length)
+
+    assert outcome(one_by_one) == outcome(lambda run: run.give_back(written))
+
+
 def test_a_run_stands_in_the_inflight_log() -> None:
     with GuestMemory.allocate((0, 0x10000)) as memory:
         guest = Guest(memory)
@@ -327,10 +369,12 @@ def places_of(chain: Chain) -> list[tuple[int, int]]:
 
 def rows(run: TableRun) -> list[list[tuple[int, int]]]:
     """What a run holds, chain by chain."""
-    pieces = list(zip(run.addresses, run.lengths, strict=True))
+    pieces = list(zip(run.vectors[::2], run.vectors[1::2], strict=True))
     ends = list(accumulate(run.counts))
     assert len(run) == len(run.heads) == len(run.counts) and (ends or [0])[-1] == len(pieces)
-    return [pieces[end - count : end] for end, count in zip(ends, run.counts, strict=True)]
+    chains = [pieces[end - count : end] for end, count in zip(ends, run.counts, strict=True)]
+    assert run.sizes == [sum(length for _, length in chain) for chain in chains]
+    return chains
 
 
 usual_buffers = st.tuples(st.integers(BUFFERS, SEAM - 0x200), st.integers(1, 0x200))
@@ -416,11 +460,11 @@ def test_a_run_of_tables_takes_just_what_would_come_as_chains(
         assert len(run) == count == quick.outstanding <= limit
         assert quick.next_avail == (start + count) & 0xFFFF
         if not count:
-            assert not (run.counts or run.addresses or run.lengths or run.to_chains())
+            assert not (run.counts or run.sizes or run.vectors or run.to_chains())
             assert not logs[0].all
             return
         expected = plain.pop_burst(count)
-        assert run.heads.tolist() == [chain.head for chain in expected]
+        assert run.heads == [chain.head for chain in expected]
         assert rows(run) == [places_of(chain) for chain in expected]
         assert not any(chain.writable for chain in expected)
         assert all(chain.descriptors == 1 for chain in expected)
@@ -432,7 +476,7 @@ def test_a_run_of_tables_takes_just_what_would_come_as_chains(
         assert [(c.head, places_of(c)) for c in left] == [
             (c.head, places_of(c)) for c in expected[use:]
         ]
-        assert not (run or run.counts or run.addresses or run.lengths)
+        assert not (run or run.counts or run.sizes or run.vectors)
         assert plain.outstanding == quick.outstanding == count - use
         ends = []
         for ring, chains_left in ((quick, left), (plain, expected[use:])):
@@ -468,19 +512,20 @@ def test_usual_tables_are_taken_many_at_a_time(guest: Guest) -> None:
     ring = guest.ring(INDIRECT)
     guest.offer(5, 2, 7, 0, 1)
     run = TableRun(ring)
-    assert run.pop(4) == 4 and run.heads.tolist() == [5, 2, 7, 0] and run.counts == [3, 1, 3, 3]
-    assert run.lengths == [6, 16, 26, 77, 8, 18, 28, 1, 11, 21]
-    assert run.addresses[3] - run.base == BUFFERS + 0x900
+    assert run.pop(4) == 4 and run.heads == [5, 2, 7, 0] and run.counts == [3, 1, 3, 3]
+    assert run.vectors[1::2].tolist() == [6, 16, 26, 77, 8, 18, 28, 1, 11, 21]
+    assert run.sizes == [48, 77, 54, 33]
+    assert run.vectors[6] - run.base == BUFFERS + 0x900
     assert bytes(run.memory) == bytes(guest.memory.region_at(BUFFERS).view)
     assert run.pop(4) == 0 and len(run) == 4  # what is held goes first
     run.give_back(0)
     run.give_back(2)
-    assert run.heads.tolist() == [7, 0] and run.counts == [3, 3]
-    assert run.lengths == [8, 18, 28, 1, 11, 21]
+    assert run.heads == [7, 0] and run.counts == [3, 3]
+    assert run.vectors[1::2].tolist() == [8, 18, 28, 1, 11, 21] and run.sizes == [54, 33]
     assert ring.publish() == 2 and guest.used() == [(5, 0), (2, 0)]
     chains = run.to_chains()
     assert [sum(map(len, chain.readable)) for chain in chains] == [54, 33]
-    assert run.pop(4) == 1 and run.heads.tolist() == [1]  # the others do not stand in its way
+    assert run.pop(4) == 1 and run.heads == [1]  # the others do not stand in its way
     ring.push_burst(chains)
     run.give_back(1)
     ring.publish()
@@ -499,7 +544,7 @@ def test_a_run_of_tables_ends_where_the_ring_does(memory: GuestMemory, start: in
     run.give_back(first)
     assert run.pop(64) == 8 - first
     if first < 8:
-        assert run.heads.tolist() == list(range(first, 8))
+        assert run.heads == list(range(first, 8))
     assert not ring.enable_kicks() and guest.avail_event == (start + 8) % 65536
 
 
@@ -614,7 +659,7 @@ def test_one_buffer_elsewhere_keeps_a_run_of_tables_from_taking_any(
     guest.offer(0, 1, 2)
     run = TableRun(ring)
     assert run.pop(64) == 0 and ring.outstanding == 0
-    assert not (run.counts or run.addresses or run.lengths or run.heads)
+    assert not (run.counts or run.sizes or run.vectors or run.heads)
     assert run.pop(1) == 1  # nothing is wrong with the first
 
 
@@ -623,7 +668,7 @@ def test_a_run_takes_no_table_where_none_were_negotiated(guest: Guest) -> None:
     guest.desc(0, BUFFERS, 9)
     guest.offer(0, 1)
     run = TableRun(guest.ring(0))
-    assert run.pop(8) == 1 and run.heads.tolist() == [0]
+    assert run.pop(8) == 1 and run.heads == [0]
 
 
 def test_a_run_of_tables_may_lie_in_any_region_but_in_one_only(guest: Guest) -> None:
@@ -679,7 +724,7 @@ def test_a_chain_of_more_than_2_to_the_32_bytes_is_not_for_a_run_of_tables() -> 
         ring = guest.ring(INDIRECT)
         guest.offer(0)
         run = TableRun(ring)
-        assert run.pop(8) == 1 and sum(run.lengths) == 1 << 32
+        assert run.pop(8) == 1 and run.sizes == [1 << 32]
         run.give_back(1)
         guest.offer(1)
         assert run.pop(8) == 0
@@ -710,7 +755,7 @@ def test_chains_put_back_or_left_over_come_before_a_run_of_tables(guest: Guest) 
     ring.undo_pop(chains)
     assert run.pop(8) == 0
     assert ring.pop_burst(8) == chains
-    assert run.pop(8) == 1 and run.heads.tolist() == [1]
+    assert run.pop(8) == 1 and run.heads == [1]
 
 
 def test_in_order_a_run_of_tables_takes_nothing_before_older_chains_are_back(guest: Guest) -> None:
@@ -781,11 +826,11 @@ def test_a_run_of_tables_holds_no_more_buffers_than_it_says(buffers: int, tables
         guest.offer(*range(2048))
         run = TableRun(guest.ring(INDIRECT))
         count = run.pop(2048)
-        pieces = len(run.addresses)
+        pieces = len(run.vectors) // 2
         assert pieces == count * (buffers if tables else 1)
         assert run.most_pieces - 64 < pieces <= run.most_pieces
         run.give_back(count)
-        assert not run.addresses and not run.lengths
+        assert not run.vectors and not run.sizes
 
 
 def test_a_table_longer_than_the_longest_is_left_alone() -> None:
@@ -815,3 +860,36 @@ def test_a_run_of_tables_takes_none_beyond_the_limit(guest: Guest) -> None:
     run = TableRun(guest.ring(INDIRECT))
     assert run.pop(0) == run.pop(-1) == 0
     assert run.pop(1) == 1 and repr(run) == "<TableRun of 1>"
+
+
+def test_a_chain_given_back_by_a_run_of_tables_has_a_position_again(guest: Guest) -> None:
+    """After an impossible index none has that the device holds: a later one is told their heads."""
+    fill_tables(guest)
+    ring = guest.ring(INDIRECT)
+    run = TableRun(ring)
+    guest.offer(0, 1)
+    assert run.pop(8) == 2
+    guest.memory.store16(AVAIL + 2, 0x8000)
+    with pytest.raises(DriverError, match="ahead"):
+        ring.waiting()
+    run.give_back(2)
+    ring.publish()
+    guest.memory.write(AVAIL + 4, bytes(16))  # the head 0 everywhere
+    guest.memory.store16(AVAIL + 2, 0x8001)
+    chains = ring.pop_burst(8)
+    ring.undo_pop(chains)
+    assert len(chains) == 1 and ring.left_over == [] and ring.next_avail == 0x8000
+
+
+def test_a_run_of_tables_follows_the_ring_into_another_region(guest: Guest) -> None:
+    """For buffers without a table; one run serves a queue for as long as there is a ring."""
+    ring = guest.ring(INDIRECT)
+    run = TableRun(ring)
+    guest.desc(0, THIRD, 16)
+    guest.desc(1, THIRD + 0x100, 16)
+    guest.offer(0)
+    assert run.pop(8) == 0
+    ring.push_burst(ring.pop_burst(8))
+    guest.offer(1)
+    assert run.pop(8) == 1 and run.base == guest.memory.hvaddr(THIRD)
+    assert bytes(run.memory) == bytes(guest.memory.region_at(THIRD).view)

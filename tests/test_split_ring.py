@@ -666,6 +666,34 @@ def test_in_order_a_chain_wraps_at_the_end_of_the_table(guest: Guest) -> None:
     assert chain is not None and sizes(chain) == ([1, 2, 3], [4])
 
 
+@pytest.mark.parametrize("start", [0, 6, 0xFFFE])
+@pytest.mark.parametrize(
+    ("flags", "singles"),
+    [
+        ((0, 0, 0, 0), True),
+        ((WRITE, 0, TABLE, 0), True),
+        ((TABLE, 0, 0, 0), False),
+        ((NEXT, 0, 0, 0), False),
+        ((0, 0, 0, TABLE), False),
+        ((0, 0, 0, NEXT | WRITE), False),
+    ],
+)
+def test_a_look_ahead_tells_single_buffers(
+    memory: GuestMemory, start: int, flags: tuple[int, ...], singles: bool
+) -> None:
+    """And takes nothing, nor minds heads that cannot be."""
+    guest = Guest(memory, start=start)
+    ring = guest.ring()
+    for head, flag in enumerate(flags):
+        guest.desc(7 - head, BUFFERS, 16, flag)
+    guest.offer(7, 6, 5, 4)
+    assert ring.singles_ahead(4) == singles and ring.waiting() == 4
+    assert ring.singles_ahead(1) == (flags[0] in (0, WRITE))
+    guest = Guest(memory)
+    guest.offer(0xFFFF, 5, 0x8004)
+    assert guest.ring().singles_ahead(3) == singles
+
+
 @pytest.mark.parametrize("ahead", [9, 10, 100, 0x7FFF, 0x8000, 0xFFFF])
 @pytest.mark.parametrize("start", [0, 0xFFF0])
 @pytest.mark.parametrize("by", ["pop", "available", "enable_kicks"])

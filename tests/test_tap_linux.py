@@ -1030,6 +1030,12 @@ class LendingRoom:
     def commit_together(self, length: int) -> None:
         raise AssertionError("nothing was lent for it")
 
+    def lend_alone(self) -> Sequence[memoryview]:
+        return ()
+
+    def commit_alone(self, length: int) -> None:
+        raise AssertionError("nothing was lent for it")
+
     def views(self) -> list[memoryview]:
         return []
 
@@ -1056,6 +1062,46 @@ def take(outbox: Outbox, frames: Sequence[bytes]) -> array[int]:
     taken = outbox.take(array("Q", map(ctypes.addressof, buffers)), lengths, sum(lengths))
     assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
     return lengths
+
+
+def take_alike(outbox: Outbox, frames: Sequence[bytes]) -> tuple[int, int]:
+    """The same for frames of one length; returns what `send_alike` is to be told."""
+    buffers = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames]
+    count, length = len(frames), len(frames[0])
+    vectors = b"".join(struct.pack("@PN", ctypes.addressof(b), length) for b in buffers)
+    taken = outbox.take_alike(vectors, count, length)
+    assert taken.tolist() == [int.from_bytes(frame[:4], sys.byteorder) for frame in frames]
+    return count, length
+
+
+@needs_tap
+@pytest.mark.parametrize("count", [1, 3, 64, 128])
+def test_a_burst_of_frames_of_one_length_arrives_in_its_order(
+    namespace: str, tap: LinuxTap, count: int
+) -> None:
+    """Again and again, at each offset in a word, and with others in between."""
+    outbox = outbox_of(tap)
+    with udp_socket(namespace) as endpoint:
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        port = endpoint.getsockname()[1]
+        for turn in range(9):
+            few = count - (turn % 4 == 1)  # then more of the same length
+            padding = b"x" * ((turn + 1) // 2 * 5)
+            texts = [b"%03d of %03d %s" % (n, turn, padding) for n in range(few)]
+            frames = [PLAIN + udp(5000, port, text) for text in texts]
+            if frames:
+                assert outbox.send_alike(*take_alike(outbox, frames)) == few
+            assert [endpoint.recv(2000) for _ in texts] == texts
+            if turn in (5, 7):
+                others = [b"in between", b"of another", b"length"]
+                lengths = take(outbox, [PLAIN + udp(5000, port, text) for text in others])
+                assert outbox.send(lengths) == len(others)
+                assert [endpoint.recv(2000) for _ in others] == others
+            if turn == 3:  # it knows nothing of its entries any more
+                tap.ports[0].was_used_elsewhere()
+                assert tap.ports[0]._batches is not None
+                tap.ports[0]._batches.ring.addresses[:128] = array("Q", [0]) * 128
+    assert not tap.ports[0].dropped
 
 
 @needs_tap
@@ -1087,14 +1133,17 @@ def test_frames_of_a_burst_that_the_kernel_refuses_are_counted(
         lengths = take(outbox, [bad + good, PLAIN + good, bad + good])
         assert outbox.send(lengths) == 3
         assert endpoint.recv(100) == b"good"
-    assert tap.ports[0].dropped == {"bad header": 2}
+        assert outbox.send_alike(*take_alike(outbox, [PLAIN + good, bad + good])) == 2
+        assert endpoint.recv(100) == b"good"
+    assert tap.ports[0].dropped == {"bad header": 3}
     tap.set_up(False)
     assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 3
-    assert tap.ports[0].dropped == {"bad header": 2, "interface down": 3}
+    assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(60)] * 3)) == 3
+    assert tap.ports[0].dropped == {"bad header": 3, "interface down": 6}
 
 
 @needs_tap
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("way", ["copied", "alike", "in place"])
 @pytest.mark.parametrize(
     ("answers", "dealt_with", "dropped"),
     [
@@ -1111,14 +1160,17 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
     answers: list[int],
     dealt_with: int,
     dropped: dict[str, int],
-    in_place: bool,
+    way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", answers))
-    if in_place:
+    for name in ("submit", "submit_alike"):
+        monkeypatch.setattr(tap_linux.RequestRing, name, lambda *_: array("i", answers))
+    if way == "in place":
         assert send_in_place(outbox, [[PLAIN, bytes(14)]] * 4) == dealt_with
+    elif way == "alike":
+        assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     else:
         assert outbox.send(take(outbox, [PLAIN + bytes(14)] * 4)) == dealt_with
     assert tap.ports[0].dropped == dropped
@@ -1130,6 +1182,8 @@ def test_a_deleted_tap_is_an_error_for_bursts_too(namespace: str, tap: LinuxTap)
     ip("-n", namespace, "link", "del", tap.name)
     with pytest.raises(OSError, match="the tap is gone"):
         outbox.send(take(outbox, [PLAIN + bytes(60)]))
+    with pytest.raises(OSError, match="the tap is gone"):
+        outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(60)]))
     tap.ports[0].longest = 1522
     with pytest.raises(OSError, match="the tap is gone"):
         tap.ports[0].read_burst(LendingRoom(2000), 64)
@@ -1169,7 +1223,8 @@ def send_in_place(
         lengths += map(len, (start, *pieces))
         if missing is not None and missing[0] == number:
             addresses[missing[1] - 1 - len(pieces)] = NOWHERE
-    return outbox.send_in_place(addresses, lengths, [len(frame) for frame in frames])
+    vectors = array("Q", itertools.chain.from_iterable(zip(addresses, lengths, strict=True)))
+    return outbox.send_in_place(vectors, [len(frame) for frame in frames])
 
 
 def cut_up(data: bytes, *places: int) -> list[bytes]:
@@ -1288,14 +1343,16 @@ def test_a_deleted_tap_is_an_error_for_frames_in_pieces_too(namespace: str, tap:
 
 
 @needs_tap
-def test_a_detached_queue_drops_frames_in_pieces(namespace: str) -> None:
+def test_a_detached_queue_drops_bursts(namespace: str) -> None:
     with closing(LinuxTap("tl%d", namespace=namespace, queues=2)) as tap:
         outbox = tap.ports[1].outbox
         if outbox is None:
             unmet("this kernel has no io_uring for us")
         tap.activate_ports(1)
         assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 3
-        assert tap.ports[1].dropped == {"inactive": 3}
+        assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 2)) == 2
+        assert outbox.send_alike(*take_alike(outbox, [PLAIN + bytes(60)] * 2)) == 2
+        assert tap.ports[1].dropped == {"inactive": 7}
 
 
 @needs_tap
@@ -1438,8 +1495,9 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
 
 
 @needs_tap
+@pytest.mark.parametrize("alike", [False, True])
 def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
-    namespace: str, tap: LinuxTap, monkeypatch: pytest.MonkeyPatch
+    namespace: str, tap: LinuxTap, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a sandbox may do to a process that has opened its tap."""
 
@@ -1448,7 +1506,12 @@ def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
 
     outbox, port = outbox_of(tap), tap.ports[0]
     monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
-    assert outbox.send(take(outbox, [PLAIN + bytes(60)] * 3)) == 0
+    monkeypatch.setattr(tap_linux.RequestRing, "submit_alike", forbidden)
+    frames = [PLAIN + bytes(60)] * 3
+    if alike:
+        assert outbox.send_alike(*take_alike(outbox, frames)) == 0
+    else:
+        assert outbox.send(take(outbox, frames)) == 0
     assert port.outbox is None and not port.dropped
     room = PieceRoom()
     with udp_socket(namespace) as endpoint:
@@ -1712,6 +1775,53 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
     assert room.got[1][54:] == b"\xbc" * 700
     assert port.dropped == {"too long": 1} and port.longest == 3022
     assert port._longest_usual == tap_linux._LONGEST_SEGMENTED, "that is about segments"
+
+
+class RoomForOne(VectorRoom):
+    """The same, as views."""
+
+    def lend_alone(self) -> Sequence[memoryview]:
+        return [memoryview(self.memory[0]).cast("B"), memoryview(self.behind).cast("B")]
+
+    def commit_alone(self, length: int) -> None:
+        VectorRoom.commit_together(self, length)
+
+    def commit_together(self, length: int) -> None:
+        raise AssertionError("there was room for one")
+
+
+@needs_tap
+def test_a_frame_alone_is_read_into_the_views_that_were_prepared(
+    namespace: str, tap: LinuxTap
+) -> None:
+    port, room = tap.ports[0], RoomForOne()
+    tap.set_mtu(3000)
+    assert port.read_burst(room, 1) == 0, "none waits"
+    port.longest = 1000
+    port._short_ones = 5
+    with udp_socket(namespace) as sender:
+        for size in (10, 958, 959, 2000, 20):  # 42 bytes of headers
+            sender.sendto(bytes([size & 0xFF]) * size, (OURS, 7000))
+    port.on_truncated = lambda: None
+    assert [port.read_burst(room, 1) for _ in range(6)] == [1, 1, 0, 0, 1, 0]
+    assert [len(frame) - 54 for frame in room.got] == [10, 958, 20]
+    assert room.got[1][54:] == b"\xbe" * 958
+    assert port.dropped == {"too long": 2} and port._short_ones == 8
+    tap.set_mtu(40000)
+    room.behind = (ctypes.c_ubyte * 40000)()
+    port.longest = 40000
+    with udp_socket(namespace) as sender:
+        sender.sendto(bytes(20000), (OURS, 7000))
+        assert port.read_burst(room, 1) == 1 and port.burst == 3 and port._short_ones == 0
+
+
+@needs_tap
+def test_a_deleted_tap_is_an_error_for_a_frame_alone_too(namespace: str, tap: LinuxTap) -> None:
+    ip("-n", namespace, "link", "del", tap.name)
+    with pytest.raises(OSError, match="the tap is gone"):
+        tap.ports[0].read_burst(RoomForOne(), 1)
+    with pytest.raises(OSError, match="the tap is gone"):
+        tap.ports[0].read_burst(VectorRoom(), 1)
 
 
 @needs_tap

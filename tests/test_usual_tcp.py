@@ -1,5 +1,5 @@
 """The short ways for usual frames say what the long way says: the one through `check_frame` for TCP
-frames, and `usual_start`, which has only a frame's first bytes."""
+frames, and `UsualStarts`, which has only a frame's first bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import operator
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from vq import software
 from vq.abi import NET_HDR, NET_HDR_SIZE
 from vq.offload import ALL, Offload
-from vq.software import MOST_OF_START, PLAIN_HEADER, HeaderLie, check_frame, usual_start
+from vq.software import MOST_OF_START, PLAIN_HEADER, HeaderLie, UsualStarts, check_frame
 
 
 def ipv4(payload: int, options: int, change: dict[str, int]) -> bytes:
@@ -109,24 +110,26 @@ def test_both_ways_give_the_same(
 
 
 def assert_start_agrees(frame: list[bytes | memoryview], allowed: Offload) -> bool:
-    """What `usual_start` says, if anything, is what the long way says; whether it says anything.
+    """What `UsualStarts` says, if anything, is what the long way says; whether it says anything.
 
     The first buffer that a guest gave is the header with the first piece behind it.
     """
     header, *pieces = frame
     length = sum(map(len, pieces))
     first = bytes(header) + bytes(pieces[0])
-    start = usual_start(first[:MOST_OF_START], length, int(allowed))
+    starts = UsualStarts(int(allowed))
+    looked_at = first[:MOST_OF_START]
+    start = starts.checked(looked_at, length)
+    assert starts.checked(looked_at, length) == start, "the second time it is known"
     if start is None:
         return False
-    assert NET_HDR_SIZE <= len(start) <= min(len(first), MOST_OF_START)
+    assert len(start) == len(looked_at)
     checked = check_frame(list(frame), length, allowed)  # no lie
     sent = start + first[len(start) :] + b"".join(map(bytes, pieces[1:]))
     assert sent == b"".join(map(bytes, checked))
+    assert start[:NET_HDR_SIZE] == checked[0]
     if start[1]:
-        assert start[NET_HDR_SIZE:] == checked[1], "all headers that were checked are private"
-    else:
-        assert start == checked[0]
+        assert start[NET_HDR_SIZE:].startswith(checked[1]), "all headers that were checked"
     return True
 
 
@@ -201,3 +204,97 @@ def test_a_start_says_something_of_usual_frames(
     for flags, hdr_len, buffers in itertools.product((1, 3), (end, 0, end + 1), (0, 1)):
         segments = NET_HDR.pack(flags, kind, hdr_len, 1448, at, 16, buffers)
         assert assert_start_agrees([segments, *pieces], allowed) == permitted
+
+
+class Start(NamedTuple):
+    """What is looked at of a frame, and how long it is behind its net header."""
+
+    data: bytes
+    length: int
+
+
+def tcp_start(four: bool, words: int, gso_size: int, payload: int, fill: int = 1) -> Start:
+    """A frame to be segmented: its headers, and up to 30 bytes of its payload."""
+    at = 34 if four else 54
+    end = at + 20 + 4 * words
+    total = end - (14 if four else 54) + payload
+    frame = (
+        bytes([fill]) * 12
+        + struct.pack("!H", 0x0800 if four else 0x86DD)
+        + (ipv4 if four else ipv6)(0, 0, {"total": total & 0xFFFF, "checksum": fill})
+        + struct.pack("!HHIIBBHHH", *[fill] * 4, (5 + words) << 4, *[fill] * 4)
+        + bytes(4 * words + min(payload, 30))
+    )
+    header = NET_HDR.pack(1, 1 if four else 4, end, gso_size, at, 16, 0)
+    return Start((header + frame)[:MOST_OF_START], end + payload)
+
+
+FIELDS_OF_START = (0, 1, 2, 4, 6, 8, 10, 24, 25, 26, 28, 29, 30, 31, 32, 33, 35, 36, 37, 58, 78)
+PAYLOADS = st.sampled_from((1, 100, 8191, 8192, 8193, 65000)) | st.integers(65440, 65535)
+
+
+@st.composite
+def variations(draw: st.DrawFn, start: Start) -> Start:
+    """A frame that is nearly the same."""
+    data, length = bytearray(start.data), start.length
+    what = draw(st.sampled_from(("bits", "bits", "byte", "length", "cut", "checksum", "payload")))
+    if what == "bits":
+        index = draw(st.sampled_from(FIELDS_OF_START) | st.integers(0, len(data) - 1))
+        data[index % len(data)] ^= draw(st.sampled_from([1 << n for n in range(8)]))
+    elif what == "byte":
+        index = draw(st.sampled_from(FIELDS_OF_START) | st.integers(0, len(data) - 1))
+        data[index % len(data)] = draw(st.sampled_from((0, 0xFF)) | st.integers(0, 0xFF))
+    elif what == "length":
+        length = max(length + draw(st.sampled_from((1, -1, 0x10000, -0x10000))), len(data) - 12)
+    elif what == "cut":
+        del data[draw(st.integers(NET_HDR_SIZE, len(data))) :]
+    elif what == "checksum":
+        data[36:38] = bytes(2)
+    else:
+        four = data[1] == 1
+        payload, end = draw(PAYLOADS), int.from_bytes(data[2:4], "little")
+        place = 28 if four else 30
+        data[place : place + 2] = (end - (14 if four else 54) + payload & 0xFFFF).to_bytes(2, "big")
+        length = end + payload
+        del data[NET_HDR_SIZE + length :]
+    return Start(bytes(data), length)
+
+
+@settings(max_examples=3000)
+@given(
+    st.builds(
+        tcp_start,
+        st.booleans(),
+        st.sampled_from((0, 3, 10)),
+        st.sampled_from((8, 63, 1448, 1448, 40000, 65481, 65535)),
+        st.sampled_from((1, 100, 1448, 8192)),
+    ),
+    st.data(),
+    st.sampled_from((ALL, ALL, Offload.CSUM | Offload.TSO4, Offload.CSUM | Offload.TSO6)),
+)
+def test_what_earlier_frames_were_like_changes_no_answer(
+    first: Start, data: st.DataObject, allowed: Offload
+) -> None:
+    """Here the next frame is nearly the same."""
+    starts = UsualStarts(int(allowed))
+    starts.checked(*first)
+    then = data.draw(variations(first))
+    assert starts.checked(*then) == UsualStarts(int(allowed)).checked(*then)
+
+
+@pytest.mark.parametrize("four", [True, False])
+def test_frames_that_are_alike_are_compared_all_at_once(
+    four: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their addresses, numbers and lengths are; and the kinds are not kept without end."""
+    starts = UsualStarts(int(ALL))
+    first = tcp_start(four, 3, 1448, 1448)
+    assert starts.checked(*first) == first.data
+    with monkeypatch.context() as patch:
+        patch.setattr(UsualStarts, "_judged", None)
+        for payload, fill in ((1448, 2), (3, 255), (65000, 9)):
+            then = tcp_start(four, 3, 1448, payload, fill)
+            assert starts.checked(*then) == then.data
+    for gso_size in range(100, 100 + 10 * software._MOST_KINDS):
+        assert starts.checked(*tcp_start(four, 3, gso_size, 1448)) is not None
+        assert len(starts._kinds) <= software._MOST_KINDS

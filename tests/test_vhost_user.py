@@ -150,19 +150,29 @@ def test_a_call_that_can_wait_waits_for_a_lull_of_the_loop(talk: Talk) -> None:
     talk.start()
     talk.shout(b"the first call is always made")
     assert talk.frontend.called() == 1
-    assert (device.on_can_wait, device.on_much_moved) == (
-        talk.loop.call_in_lull,
-        talk.loop.much_was_moved,
-    )
+    assert device.event_loop is talk.loop
     device.publish = device.publish_without_haste  # type: ignore[method-assign]
-    device.on_much_moved()
     talk.ring.offer(b"hello")
     device.notify(0)
     assert talk.ring.take() == [b"HELLO"] and talk.frontend.called() == 0
     talk.loop.run_once(0)
     assert talk.frontend.called() == 1
     talk.connection.close()
-    assert device.on_can_wait is device.on_much_moved is None
+    assert device.event_loop is None
+
+
+def test_a_driver_whose_device_is_awake_need_not_kick(talk: Talk) -> None:
+    talk.start()
+    talk.shout(b"hello")
+    for word in (b"and", b"again"):
+        talk.device.notify(0)  # something else keeps the loop awake
+        talk.ring.offer(word)
+        talk.loop.run_once(0)
+        assert talk.ring.take() == [word.upper()]
+    talk.loop.run_once(0)  # it goes to sleep
+    talk.ring.offer(b"without a kick")
+    talk.loop.run_once(0)
+    assert talk.ring.take() == []
 
 
 def test_features_that_were_not_offered_end_the_connection(

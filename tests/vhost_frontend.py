@@ -59,7 +59,7 @@ class Shouter(Device):
             chain.written = len(text)
             ring.write_used(chain)
         self.publish(queue)
-        return ring.enable_kicks()
+        return self.rest(queue, ring)
 
     def queue_stopping(self, queue: Queue) -> None:
         if self.held and queue.ring is not None:

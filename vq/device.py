@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, Protocol, TypeVar
 
 from vq.abi import Feature, Status, bits, feature_mask, feature_names
 from vq.declarations import check_needs
@@ -55,6 +55,10 @@ RING_FEATURES = feature_mask(
 
 
 _DRIVER_OK = int(Status.DRIVER_OK)
+LOOK_SECONDS = 0.001
+"""How long a call waits for a driver that is likely to look by itself: it is up already."""
+_MOST_UNCALLED = 4
+"""A queue of which more than the one part in so many was used is not left to that."""
 _WORKING_BITS = int(Status.DRIVER_OK | Status.NEEDS_RESET | Status.FAILED)
 
 
@@ -84,6 +88,16 @@ def check_made(device: object) -> None:
         raise UsageError(f"{type(device).__name__}.__init__ does not call super().__init__")
 
 
+class CallWait(enum.Enum):
+    """Until when a call waits."""
+
+    NOT = enum.auto()
+    LULL = enum.auto()
+    """Until there is nothing else to do."""
+    LONGER = enum.auto()
+    """Until the driver had the time to look by itself."""
+
+
 class Queue:
     """One virtqueue of a device: what the driver set up, and the ring once it did."""
 
@@ -95,12 +109,60 @@ class Queue:
         self.enabled = False
         """Whether the device may work on the ring. With a ring that is not enabled it does what
         `Device.process_disabled` does."""
-        self.call_waits = False
-        """Whether the driver may still have to be called for what was published."""
+        self.call = CallWait.NOT
+        """Until when a call waits that the driver may still want for what was published."""
+        self.driver_looks_soon = False
+        """Whether the driver was called for something else since, and is likely to look here, too.
+        """
         self.lent = False
         """Whether another process serves it meanwhile (`Device.lend_queue`)."""
         self.unfinished: Sequence[int] = ()
         """Heads of chains that the device had when the ring was stopped: it gets them again."""
+
+
+class EventLoop(Protocol):
+    """What a device asks of the event loop that calls it. See `vq.loop.Loop`."""
+
+    def much_was_moved(self) -> None:
+        """There was much data in this turn, and probably there is more to come."""
+
+    def call_in_lull(self, callback: Callable[[], None], /) -> None:
+        """Calls back when there is nothing more urgent, which may be now."""
+
+    def call_later(self, seconds: float, callback: Callable[[], None], /) -> object:
+        """Calls back so many seconds from now."""
+
+    def look_out(self, lookout: QueueLookout, /) -> bool:
+        """Looks at a queue while it is awake, and has it `rest` before it sleeps; false if it will
+        not."""
+
+
+class QueueLookout:
+    """A queue that an event loop looks at while it is awake, instead of being kicked.
+
+    See `vq.loop.Lookout`.
+    """
+
+    def __init__(self, device: Device, queue: Queue) -> None:
+        self._device = device
+        self._queue = queue
+
+    def look(self) -> bool:
+        """Whether the driver made buffers available that the device may work on."""
+        ring = self._queue.ring
+        return (
+            ring is not None
+            and ring.anything_new()
+            and self._device.ready_ring(self._queue) is not None
+        )
+
+    def rest(self) -> bool:
+        """From now on the driver is to kick. Whether it made buffers available before that."""
+        return self._device.want_kicks(self._queue)
+
+    def deal(self) -> None:
+        """Works on them."""
+        self._device.notify(self._queue.index)
 
 
 class Watch:
@@ -205,10 +267,8 @@ class Device(ABC):
 
     It calls `notify` again when it has been round. Without it `notify` works until all is done.
     """
-    on_much_moved: Callable[[], None] | None = None
-    """The event loop's: there was much data in this turn, and probably there is more to come."""
-    on_can_wait: Callable[[Callable[[], None]], None] | None = None
-    """The event loop's: calls back when there is nothing more urgent, which may be now."""
+    event_loop: EventLoop | None = None
+    """The event loop that calls the device, where there is one."""
     on_shared_change: Callable[[], None] | None = None
     """The transport's: what several queues go by is about to change. Queues that were lent have
     come home by the time it returns."""
@@ -234,6 +294,7 @@ class Device(ABC):
         if not self._offered >> Feature.VERSION_1 & 1:
             raise UsageError("a device offers VERSION_1: legacy drivers are not served")
         self.queues = [Queue(index, name, size) for index, (name, size) in enumerate(queues)]
+        self._lookouts = [QueueLookout(self, queue) for queue in self.queues]
         for queue in self.queues:
             if not 1 <= queue.max_size <= 32768 or queue.max_size & (queue.max_size - 1):
                 raise UsageError(
@@ -469,8 +530,7 @@ class Device(ABC):
         ring = queue.ring
         if queue.enabled:
             self._run("queue_stopping", self.queue_stopping, queue)
-        queue.call_waits = True  # if there is one to be made: the next ring knows nothing of it
-        self._make_call(queue)
+        self._make_call(queue)  # if there is one to be made: the next ring knows nothing of it
         next_avail = ring.next_avail
         queue.unfinished = [*queue.unfinished, *ring.left_over]
         queue.ring = None
@@ -611,16 +671,13 @@ class Device(ABC):
         self._generation = (self._generation + 1) & 0xFFFFFFFF
         self._notify_config_change()
 
-    def publish(self, queue: Queue) -> None:
-        """Lets the driver see what was used in a queue, and calls it if it wants to be called."""
+    def publish(self, queue: Queue) -> bool:
+        """Lets the driver see what was used in a queue, and calls it if it wants to be called.
+
+        Returns whether it was called.
+        """
         ring = queue.ring
-        if (
-            ring is not None
-            and ring.publish()
-            and ring.should_notify()
-            and self.on_queue_call is not None
-        ):
-            self.on_queue_call(queue.index)
+        return ring is not None and ring.publish() > 0 and self._make_call(queue)
 
     def publish_without_haste(self, queue: Queue) -> None:
         """`publish` for what no driver waits for: the call, if there is to be one, comes later.
@@ -628,24 +685,65 @@ class Device(ABC):
         By then the driver may have looked by itself, as drivers do that were called for something
         else, and wants no call any more.
         """
-        if self.on_can_wait is None:
+        if self.event_loop is None:
             self.publish(queue)
-        elif queue.ring is not None and queue.ring.publish() and not queue.call_waits:
-            queue.call_waits = True
-            self.on_can_wait(partial(self._make_call, queue))
+        elif queue.ring is not None and queue.ring.publish():
+            queue.driver_looks_soon = False
+            if queue.call is not CallWait.LULL:
+                queue.call = CallWait.LULL
+                self.event_loop.call_in_lull(partial(self._call_in_lull, queue))
+
+    def rest(self, queue: Queue, ring: SplitRing) -> bool:
+        """Nothing more seems to wait in a queue: somebody is to tell when it does.
+
+        That is the event loop as long as it is awake, then the driver by a kick. True when more
+        came meanwhile: then there may be no kick for it. Raises `DriverError` as
+        `SplitRing.enable_kicks`.
+        """
+        loop = self.event_loop
+        if (
+            loop is not None
+            and not ring.has_left_over  # a look would not see those
+            and loop.look_out(self._lookouts[queue.index])
+        ):
+            return False
+        return ring.enable_kicks()
+
+    def want_kicks(self, queue: Queue) -> bool:
+        """Has the driver kick a queue that was looked at instead; whether more came meanwhile."""
+        ring = self.ready_ring(queue)
+        return ring is not None and bool(self._run(queue.name, ring.enable_kicks))
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _make_call(self, queue: Queue) -> None:
-        """Makes a call that was put off, if it was and the driver still wants it."""
-        if queue.call_waits:
-            queue.call_waits = False
-            if (
-                queue.ring is not None
-                and queue.ring.should_notify()
-                and self.on_queue_call is not None
-            ):
-                self.on_queue_call(queue.index)
+    def _call_in_lull(self, queue: Queue) -> None:
+        """There is nothing else to do: makes a call that waited for that, or lets it wait on."""
+        ring = queue.ring
+        if queue.call is not CallWait.LULL or ring is None:
+            return
+        if (
+            queue.driver_looks_soon
+            and self.event_loop is not None
+            and ring.uncalled <= ring.size // _MOST_UNCALLED
+        ):
+            queue.call = CallWait.LONGER
+            self.event_loop.call_later(LOOK_SECONDS, partial(self._call_at_last, queue))
+        else:
+            self._make_call(queue)
+
+    def _call_at_last(self, queue: Queue) -> None:
+        """The driver had the time to look by itself."""
+        if queue.call is CallWait.LONGER:
+            self._make_call(queue)
+
+    def _make_call(self, queue: Queue) -> bool:
+        """Calls the driver for what was published, if it wants that; whether it was called."""
+        queue.call = CallWait.NOT
+        ring = queue.ring
+        if ring is None or not ring.should_notify() or self.on_queue_call is None:
+            return False
+        self.on_queue_call(queue.index)
+        return True
 
     def _queue(self, index: int) -> Queue:
         if not 0 <= index < len(self.queues):
@@ -656,7 +754,7 @@ class Device(ABC):
         was_enabled, queue.enabled = queue.enabled, False
         queue.unfinished = ()
         queue.lent = False
-        queue.call_waits = False  # whoever was to make that call may be gone, too
+        queue.call = CallWait.NOT  # whoever was to make that call may be gone, too
         if queue.ring is not None:
             queue.ring = None
             if was_enabled:

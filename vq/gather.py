@@ -28,18 +28,24 @@ SYSTEM_CALLS = ("preadv", "pwritev", "readv")
 
 
 class IoVectors:
-    """An array of `count` times `struct iovec`; `address` is where it lies.
+    """An array of `count` times `struct iovec`; `address` is where it lies, `pointer` the same for
+    ctypes.
 
     Pieces are shorter than 4 GiB. Columns that are arrays, addresses of "Q" and lengths of "I", are
     stored as they are, which is the fastest.
     """
 
+    SIZE = 2 * ctypes.sizeof(ctypes.c_void_p)
+    """Bytes of each."""
+
     def __init__(self, count: int) -> None:
-        memory = (ctypes.c_ubyte * (2 * _WORD * count))()
-        self.address = ctypes.addressof(memory)
+        self._memory = (ctypes.c_ubyte * (2 * _WORD * count))()
+        self.address = ctypes.addressof(self._memory)
+        self.pointer = ctypes.c_void_p(self.address)
         self.count = count
-        view = memoryview(memory).cast("B")
-        self._addresses = (view.cast("Q") if _WORD == 8 else view.cast("I"))[::2]
+        view = memoryview(self._memory).cast("B")
+        self._words = view.cast("Q") if _WORD == 8 else view.cast("I")
+        self._addresses = self._words[::2]
         self._lengths = view.cast("I")[_LENGTH :: _WORD // 2]
 
     def places(self, counts: Sequence[int]) -> array[int]:
@@ -53,16 +59,18 @@ class IoVectors:
         self._addresses[first:end] = _column(_WORD_CODE, addresses)
         self._lengths[first:end] = _column("I", lengths)
 
-    def read(self, fd: int, first: int, count: int) -> int:
-        """readv(2) into `count` pieces from number `first` on; returns how many bytes it read.
+    def store(self, vectors: array[int]) -> None:
+        """Stores pieces from the first on: their addresses and lengths in turn ("Q")."""
+        self._words[: len(vectors)] = vectors if _WORD == 8 else array("I", vectors)
 
-        Raises `OSError`.
+    def read(self, fd: int, first: int, count: int) -> int:
+        """readv(2) into `count` pieces from number `first` on.
+
+        Returns how many bytes it read, or a negative error number: that nothing is there to be read
+        is no exception, and to raise one takes as long as to read a frame.
         """
-        length: int = _readv(fd, self.address + 2 * _WORD * first, count)
-        if length < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return length
+        length: int = _readv(fd, _at(self._memory, 2 * _WORD * first), count)
+        return length if length >= 0 else -ctypes.get_errno()
 
 
 class Slab:
@@ -96,6 +104,15 @@ class Slab:
         self._pieces, self._total = len(addresses), total
         self._move(_pwritev)
 
+    def gather_vectors(self, vectors: bytes, count: int, total: int) -> None:
+        """The same for pieces that are given as `count` times `struct iovec`.
+
+        There is no way back for them.
+        """
+        self._pieces = self._total = 0
+        if _pwritev(self._fd, vectors, count, _AT_START) != total:
+            raise _not_copied()
+
     def put_back(self) -> None:
         """Copies the pieces back to where `gather` found them."""
         self._move(_preadv)
@@ -105,9 +122,13 @@ class Slab:
         self._finalizer()
 
     def _move(self, call: Any) -> None:
-        if call(self._fd, self._vectors.address, self._pieces, 0) != self._total:
-            code = ctypes.get_errno() or errno.EFAULT
-            raise OSError(code, f"memory cannot be copied: {os.strerror(code)}")
+        if call(self._fd, self._vectors.pointer, self._pieces, _AT_START) != self._total:
+            raise _not_copied()
+
+
+def _not_copied() -> OSError:
+    code = ctypes.get_errno() or errno.EFAULT
+    return OSError(code, f"memory cannot be copied: {os.strerror(code)}")
 
 
 def _column(code: str, numbers: Sequence[int]) -> array[int]:
@@ -124,15 +145,20 @@ _LENGTH = _WORD // 4 if sys.byteorder == "little" else _WORD // 2 - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _function(name: str, *more: object) -> Any:
-    """A function that takes a descriptor, vectors and their count; None where there is none."""
+def _function(name: str) -> Any:
+    """A function that returns a number of bytes; None where there is none.
+
+    Without the types of its arguments, which take more time than passing them does: pointers and
+    what is wider than an int must be objects of ctypes, or bytes.
+    """
     function = getattr(_libc, name, None)
     if function is not None:
         function.restype = ctypes.c_ssize_t
-        function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, *more)
     return function
 
 
+_at = ctypes.byref
+_AT_START = ctypes.c_long(0)
 _readv = _function("readv")
-_preadv = _function("preadv", ctypes.c_long)
-_pwritev = _function("pwritev", ctypes.c_long)
+_preadv = _function("preadv")
+_pwritev = _function("pwritev")

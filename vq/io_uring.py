@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
+from functools import lru_cache
 
 from vq.memory import map_shared
 
@@ -138,7 +139,8 @@ class RequestRing:
         self._head, self._tail = head // 4, tail // 4
         self._done, self._ready = c_head // 4, c_tail // 4
         self._order = self._words[order // 4 : order // 4 + size]
-        column = rings[c_first : c_first + _COMPLETION * completions].cast("i")
+        self._answers = rings[c_first : c_first + _COMPLETION * completions]
+        column = self._answers.cast("i")
         self._who, self._results = column[::4], column[2::4]
         self._numbers = memoryview(array("I", range(size)))
         self._expected = memoryview(array("i", range(size)))
@@ -149,18 +151,19 @@ class RequestRing:
         A result is a number of bytes, or a negative errno. There are fewer of them when the kernel
         would not start more. Raises `OSError` when it started none.
         """
+        return self._collect(first, self._start(first, count))
+
+    def submit_alike(self, first: int, count: int, result: int) -> array[int] | None:
+        """`submit` where every request is likely to give this result: None when every one did."""
+        started = self._start(first, count)
         words = self._words
-        tail = words[self._tail]
-        _put(self._order, tail & (self._size - 1), self._numbers[first : first + count])
-        words[self._tail] = (tail + count) & 0xFFFFFFFF
-        try:
-            started = self._enter(count, 0, 0)
-        finally:
-            # What was not started is taken back. (The kernel looks at the tail in the call only.)
-            words[self._tail] = words[self._head]
-        while (ready := (words[self._ready] - words[self._done]) & 0xFFFFFFFF) < started:
-            self._enter(0, started - ready, _ENTER_GETEVENTS)
-        return self._collect(first, started)
+        done = words[self._done]
+        slot = done & (self._completions - 1)
+        answers = self._answers[_COMPLETION * slot : _COMPLETION * (slot + count)]
+        if started != count or answers.tobytes() != _answers_alike(first, count, result):
+            return self._collect(first, started)
+        words[self._done] = (done + count) & 0xFFFFFFFF
+        return None
 
     def forget(self) -> None:
         """Takes back what was not started, and drops what was not collected.
@@ -177,6 +180,27 @@ class RequestRing:
             with suppress(OSError):  # a ring that is closed may live a little longer
                 self._register(_UNREGISTER_FILES, None, 0)
         self._finalizer()
+
+    def _start(self, first: int, count: int) -> int:
+        """Has requests done; returns how many the kernel started, and has done now."""
+        words = self._words
+        tail = words[self._tail]
+        slot = tail & (self._size - 1)
+        if slot + count <= self._size:
+            self._order[slot : slot + count] = self._numbers[first : first + count]
+        else:
+            before = self._size - slot
+            self._order[slot:] = self._numbers[first : first + before]
+            self._order[: count - before] = self._numbers[first + before : first + count]
+        words[self._tail] = (tail + count) & 0xFFFFFFFF
+        try:
+            started = self._enter(count, 0, 0)
+        finally:
+            # What was not started is taken back. (The kernel looks at the tail in the call only.)
+            words[self._tail] = words[self._head]
+        while (ready := (words[self._ready] - words[self._done]) & 0xFFFFFFFF) < started:
+            self._enter(0, started - ready, _ENTER_GETEVENTS)
+        return started
 
     def _collect(self, first: int, count: int) -> array[int]:
         words = self._words
@@ -197,10 +221,12 @@ class RequestRing:
 
     def _enter(self, submit: int, wait: int, flags: int) -> int:
         while True:
-            try:
-                return self._call(_ENTER, self._fd, submit, wait, flags, None, 0)
-            except InterruptedError:
-                continue
+            result: int = self._syscall(_ENTER, self._fd, submit, wait, flags, None, 0)
+            if result >= 0:
+                return result
+            error = _failure()
+            if error.errno != errno.EINTR:
+                raise error
 
     def _register(self, operation: int, argument: bytes | None, count: int) -> None:
         self._call(_REGISTER, self._fd, operation, argument, count)
@@ -208,16 +234,20 @@ class RequestRing:
     def _call(self, number: int, *arguments: object) -> int:
         result: int = self._syscall(number, *arguments)
         if result < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"io_uring: {os.strerror(code)}")
+            raise _failure()
         return result
 
 
-def _put(ring: memoryview, slot: int, items: memoryview) -> None:
-    """Stores items from `slot` on, round the end of the ring."""
-    end = slot + len(items)
-    if end <= len(ring):
-        ring[slot:end] = items
-    else:
-        first = len(ring) - slot
-        ring[slot:], ring[: end - len(ring)] = items[:first], items[first:]
+def _failure() -> OSError:
+    """What the last call failed with."""
+    code = ctypes.get_errno()
+    return OSError(code, f"io_uring: {os.strerror(code)}")
+
+
+@lru_cache(maxsize=64)
+def _answers_alike(first: int, count: int, result: int) -> bytes:
+    """What stands in the ring of completions after requests that were done in turn."""
+    answers = array("Q", bytes(_COMPLETION * count))
+    answers[::2] = array("Q", range(first, first + count))
+    memoryview(answers).cast("B").cast("i")[2::4] = array("i", [result]) * count
+    return answers.tobytes()

@@ -114,6 +114,13 @@ class PlacesRoom(Room, Protocol):
         None when it has to be read into `views`.
         """
 
+    def lend_alone(self) -> Sequence[memoryview]:
+        """The same for a frame that probably is short and comes alone, of any length: views, which
+        take less to read into than vectors. Empty where none were prepared."""
+
+    def commit_alone(self, length: int) -> None:
+        """`commit_together` for what was read into those views."""
+
     def commit_together(self, length: int) -> None:
         """A frame stands there, of so many bytes, header included."""
 
@@ -152,17 +159,22 @@ class Outbox(Protocol):
         Their headers leave nothing undone, and no frame is too short.
         """
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """`take` for `count` frames of the same `length`; `vectors` are as many `struct iovec`."""
+
+    def send_alike(self, count: int, length: int) -> int:
+        """`send` for what `take_alike` took."""
+
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """Sends frames out of the memory that they lie in; returns how many it dealt with, as
         `Port.write_burst` does.
 
-        `addresses` (host-virtual) and `lengths` (bytes) are of pieces, one frame's behind the
-        other's, and `counts` says how many pieces each frame has: at most `MOST_AT_ONCE` frames, of
-        `MOST_PIECES` pieces in all. A frame begins with its net header, which was checked and is
-        private, and is neither too short nor longer than `MAX_FRAME`. Nothing of that memory is
-        looked at after the call. Raises `OSError` when the link is gone.
+        `vectors` has two items for each piece ("Q"), its address (host-virtual) and its length in
+        bytes, one frame's behind the other's, and `counts` says how many pieces each frame has: at
+        most `MOST_AT_ONCE` frames, of `MOST_PIECES` pieces in all. A frame begins with its net
+        header, which was checked and is private, and is neither too short nor longer than
+        `MAX_FRAME`. Nothing of that memory is looked at after the call. Raises `OSError` when the
+        link is gone.
         """
 
 

@@ -9,9 +9,13 @@ event of the same descriptor, did the next event, of any descriptor, come soon? 
 exchange of one frame at a time find the loop awake, and pings far apart cost no processor time
 beyond their own.
 
-In dense traffic, of which callbacks tell (`much_was_moved`), the loop does not look: whoever makes
-it may be waiting for this very processor. There what can wait is best done when nothing else is to
-be done (`call_in_lull`), and often need not be done at all by then.
+Not all that happens need be told by a descriptor. While the loop is awake it can look by itself
+(`look_out`), which costs less than to be told, and only has it told before it sleeps. Likewise what
+can wait is best done when nothing else is to be done (`call_in_lull`), and often need not be done
+at all by then.
+
+In dense traffic, of which callbacks tell (`much_was_moved`), the loop does not wait awake: whoever
+makes it may be waiting for this very processor.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["Loop", "Timer"]
+__all__ = ["Lookout", "Loop", "Timer"]
 
 SYSTEM_CALLS = ("epoll_ctl", "epoll_pwait", "epoll_wait")
 
@@ -38,8 +42,9 @@ LINGER = 50e-6
 """Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
 _DENSE = 8
 """Turns for which traffic counts as dense after much was moved in one."""
-_LONGEST_WITHOUT_LULL = 16
+_LONGEST_WITHOUT_LULL = 64
 """Turns after which one need not wait for a lull any longer."""
+_LOOKED = -2  # in the place of a descriptor
 _MOST_EVENTS = 64
 """Events taken in one turn; what is left comes in the next, those that waited longest first."""
 
@@ -55,6 +60,20 @@ class Timer:
     def cancel(self) -> None:
         """Forgets the callback. Allowed at any time."""
         self.callback = None
+
+
+class Lookout(Protocol):
+    """What a loop looks at while it is awake, and has it told otherwise before it sleeps."""
+
+    def look(self) -> bool:
+        """Whether anything came. It is asked in every turn, so this has to be quick."""
+
+    def rest(self) -> bool:
+        """The loop is about to sleep: a descriptor is to tell what comes from now on. Whether
+        anything came before that."""
+
+    def deal(self) -> None:
+        """Deals with what came."""
 
 
 class _Watch:
@@ -140,9 +159,10 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopping = False
-        self._last = -1  # the descriptor of the last event
+        self._last = -1  # the descriptor of the last event, or `_LOOKED`
         self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
         self._dense = 0  # turns for which traffic still counts as dense
+        self._lookouts: list[Lookout] = []
         self._lull: list[Callback] = []
         self._without_lull = 0  # turns since the first of them came
         self._wake_read, self._wake_write = os.pipe()
@@ -181,14 +201,22 @@ class Loop:
         self._soon.append(callback)
 
     def call_in_lull(self, callback: Callback) -> None:
-        """Calls back once no descriptor is ready, before the loop sleeps: for what can wait.
+        """Calls back once nothing is ready, before the loop sleeps: for what can wait.
 
-        That is after some turns at the latest, and now where traffic is not dense.
+        That is after some turns at the latest.
+        """
+        self._lull.append(callback)
+
+    def look_out(self, lookout: Lookout) -> bool:
+        """Looks in every turn whether something came, until it did, or until the loop sleeps.
+
+        False where the loop does not: in dense traffic to be told once in a while costs less.
         """
         if self._dense:
-            self._lull.append(callback)
-        else:
-            callback()
+            return False
+        if lookout not in self._lookouts:
+            self._lookouts.append(lookout)
+        return True
 
     def much_was_moved(self) -> None:
         """A callback says so: traffic is dense, now and for the next few turns."""
@@ -216,7 +244,7 @@ class Loop:
         watches, changed = self._watches, self._changed
         if changed:
             changed.clear()
-        for fd, events in self._ready(self._patience(timeout)):
+        for fd, events in self._ready(self._patience(timeout), sleeps=not self._soon):
             # An earlier callback of this turn may have given the number to another descriptor.
             if fd in changed:
                 continue
@@ -249,23 +277,35 @@ class Loop:
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
 
-    def _ready(self, patience: float | None) -> list[tuple[int, int]]:
-        """What is ready, waiting for it up to `patience` seconds (None: for ever)."""
-        poll, dense = self._poll, self._dense
+    def _ready(self, patience: float | None, *, sleeps: bool) -> list[tuple[int, int]]:
+        """What is ready, waiting for it up to `patience` seconds (None: for ever).
+
+        Unless it `sleeps` there is something else to do, and this is no time to go to rest.
+        """
+        dense = self._dense
         if dense:
             self._dense = dense - 1
-        if self._lull:
-            return self._before_lull()
-        if patience is not None and patience <= LINGER:
-            return poll(patience, _MOST_EVENTS)
+        expects = not dense and self._last in self._soon_after
+        alert = self._lookouts or self._lull
+        if not alert and not (expects and sleeps) and patience is not None and patience <= LINGER:
+            return self._poll(patience, _MOST_EVENTS)
         began = time.monotonic()
-        ready: list[tuple[int, int]] = []
-        if not dense and self._last in self._soon_after:
-            while not ready and (looked := time.monotonic() - began) <= LINGER:
-                ready = poll(0, _MOST_EVENTS)
+        if alert or expects:
+            wait = 0.0
+            if expects and sleeps:
+                wait = LINGER if patience is None else min(patience, LINGER)
+            ready, found = self._look_around(began, wait)
+            if ready or found:
+                self._soon_after.add(self._last)
+                self._last = ready[-1][0] if ready else _LOOKED
+                return ready
+            if alert and self._go_to_rest(sleeps):
+                return ready
             if patience is not None:
-                patience = max(0.0, patience - looked)
-        ready = ready or poll(patience, _MOST_EVENTS)
+                patience -= time.monotonic() - began
+                if patience <= 0:
+                    return ready
+        ready = self._poll(patience, _MOST_EVENTS)
         if ready and time.monotonic() - began <= LINGER:
             self._soon_after.add(self._last)
         else:
@@ -274,19 +314,54 @@ class Loop:
             self._last = ready[-1][0]
         return ready
 
-    def _before_lull(self) -> list[tuple[int, int]]:
-        """What is ready at once. If nothing is, or was not for long, does what waited for that.
+    def _look_around(self, began: float, wait: float) -> tuple[list[tuple[int, int]], bool]:
+        """What is ready, and whether a lookout found something, which was dealt with then.
 
-        There is no sleep in the same turn: by then there may be something to do soon.
+        Looks at least once, and again for `wait` seconds from when it `began`.
         """
-        ready = self._poll(0, _MOST_EVENTS)
-        self._without_lull += 1
-        if not ready or self._without_lull >= _LONGEST_WITHOUT_LULL:
-            self._without_lull = 0
-            callbacks, self._lull = self._lull, []
-            for callback in callbacks:
-                callback()
-        return ready
+        poll, lookouts = self._poll, self._lookouts
+        while True:
+            ready = poll(0, _MOST_EVENTS)
+            found = bool(lookouts) and self._look()
+            if ready or found:
+                if self._lull:
+                    self._without_lull += 1
+                    if self._without_lull >= _LONGEST_WITHOUT_LULL:
+                        self._end_waiting()
+                return ready, found
+            if time.monotonic() - began >= wait:
+                return ready, False
+
+    def _look(self) -> bool:
+        """Whether a lookout found something, which was dealt with then."""
+        finders = [lookout for lookout in self._lookouts if lookout.look()]
+        for lookout in finders:
+            self._lookouts.remove(lookout)  # first: it may be to be looked out for again
+            lookout.deal()
+        return bool(finders)
+
+    def _go_to_rest(self, sleeps: bool) -> bool:
+        """Nothing is ready: does what waited for that, and ends to look out.
+
+        Whether there may be something to do now.
+        """
+        if self._lull:
+            self._end_waiting()
+            return True
+        if not sleeps:
+            return False
+        lookouts, self._lookouts = self._lookouts, []
+        finders = [lookout for lookout in lookouts if lookout.rest()]
+        for lookout in finders:
+            lookout.deal()
+        return bool(finders)
+
+    def _end_waiting(self) -> None:
+        """Does what waited for a lull."""
+        self._without_lull = 0
+        callbacks, self._lull = self._lull, []
+        for callback in callbacks:
+            callback()
 
     def _patience(self, timeout: float | None) -> float | None:
         if self._soon or self._stopping:

@@ -246,7 +246,7 @@ class DeviceModel(Device):
             requests = self._take(queue, ring, BURST)
             if requests and (result := handler(requests)) is not None:
                 _refuse_coroutine(f"the handler of {queue.name}", result)
-            more = bool(requests) or ring.enable_kicks()
+            more = bool(requests) or self.rest(queue, ring)
 
         self._in_turn(step, queue.name)
         return more

@@ -51,6 +51,7 @@ from vq.offload import (
 )
 from vq.pace import Pace
 from vq.packet import copy_range
+from vq.ring_row import Row
 from vq.ring_run import Run, TableRun
 from vq.software import PLAIN_HEADER
 from vq.split_ring import Chain, SplitRing
@@ -58,7 +59,7 @@ from vq.split_ring import Chain, SplitRing
 __all__ = ["DEFAULT_MAC", "NetDevice", "Responder"]
 
 T = TypeVar("T")
-R = TypeVar("R", Run, TableRun)
+R = TypeVar("R", Row, Run, TableRun)
 
 log = limited_logger(__name__)
 
@@ -71,7 +72,8 @@ COMMANDS_PER_TURN = 8
 _NOTHING_WRITTEN = array("I", bytes(4 * MOST_AT_ONCE))
 _NONE_TAKEN: tuple[Sequence[Chain], int] = ((), 0)
 _WORTH_A_BATCH = 4  # frames: to prepare for fewer costs more than it saves
-_WORTH_PLACES = 2  # likewise, for frames that are sent in place
+_WORTH_PLACES = 2  # likewise, for frames that are sent in place,
+_WORTH_PLACES_ALONE = 5  # and for those of one buffer each, which are soon sent anyhow
 RECOVERY_SECONDS = 1.0
 """How often a link that broke is looked at."""
 FRAMES_PER_TURN = 256
@@ -82,9 +84,6 @@ BYTES_PER_TURN = 200 << 10
 acknowledges is brought to the guest, and makes room in its socket while the next are sent."""
 _MUCH = 1 << 14
 """Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
-_LITTLE = 1 << 11
-"""Bytes that a guest sends at a time whose memory it can do without for a while: acknowledgements,
-for the most part."""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -269,6 +268,8 @@ class NetDevice(Device):
         self._windows: dict[int, ReceiveWindow] = {}
         self._paces: dict[int, Pace] = {}
         self._backlogs: dict[int, deque[tuple[Frame, Chain | None]]] = {}
+        self._rows: dict[int, Row] = {}
+        self._tables: dict[int, TableRun] = {}  # they hold nothing between two bursts
         for watch in self.watches:
             watch.want(reading=False, writing=False)
         forgotten = self.link.forget_waiting()
@@ -283,6 +284,8 @@ class NetDevice(Device):
             return  # the control queue, or one of a pair that was not negotiated
         if queue.index % 2:
             self._backlogs[queue.index] = deque()
+            self._rows[queue.index] = Row(queue.ring)
+            self._tables[queue.index] = TableRun(queue.ring)
         else:
             self._windows[queue.index] = ReceiveWindow(
                 queue.ring, mergeable=self.has_feature(NetFeature.MRG_RXBUF), stats=self.stats
@@ -311,6 +314,8 @@ class NetDevice(Device):
         window = self._windows.pop(queue.index, None)
         if window is not None:
             window.drop_pending("queue stopped")
+        self._rows.pop(queue.index, None)
+        self._tables.pop(queue.index, None)
         backlog = self._backlogs.pop(queue.index, None)
         if backlog:
             self.stats["tx_dropped: queue stopped"] += len(backlog)
@@ -334,8 +339,8 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        if self.on_much_moved is not None and self.stats[counter] - bytes_before >= _MUCH:
-            self.on_much_moved()
+        if self.event_loop is not None and self.stats[counter] - bytes_before >= _MUCH:
+            self.event_loop.much_was_moved()
         if self._interrupted:
             self._catch_up()
         return more
@@ -560,12 +565,18 @@ class NetDevice(Device):
             chains, sent = _NONE_TAKEN
             was_long = False
             waiting = ring.waiting()
-            if waiting >= _WORTH_PLACES:
-                chains, sent = self._send_at_once(queue, ring, waiting)
-                if sent and self.holds(queue, ring):
-                    self.publish(queue)
+            if waiting:
+                chains, sent = (
+                    self._send_alone(queue, ring)
+                    if waiting < _WORTH_PLACES
+                    else self._send_at_once(queue, ring, waiting)
+                )
                 if not self.holds(queue, ring):
                     return False
+                if sent:
+                    self.publish_without_haste(queue)
+                    if not self.holds(queue, ring):
+                        return False
             if not (chains or sent):
                 chains = ring.pop_burst(BURST)
                 was_long = ring.burst_was_long
@@ -578,10 +589,7 @@ class NetDevice(Device):
                     return False
                 if burst.dropped:
                     ring.write_used_burst(burst.dropped)
-                if burst.size <= _LITTLE:
-                    self.publish_without_haste(queue)
-                else:
-                    self.publish(queue)
+                self.publish_without_haste(queue)
                 if not self.holds(queue, ring):
                     return False
                 for answer in burst.answers:
@@ -594,12 +602,27 @@ class NetDevice(Device):
                 if burst.left or was_long:
                     return True  # that was more than a turn's work
             frames += sent + len(chains)
-            if sent or len(chains) >= BURST:
+            if sent > 1 or len(chains) >= BURST:
                 continue
-            if not ring.enable_kicks():
+            if not self.rest(queue, ring):
                 return False
             ring.disable_kicks()
         return True
+
+    def _send_alone(self, queue: Queue, ring: SplitRing) -> tuple[Sequence[Chain], int]:
+        """Sends the one frame that waits, if there is nothing more to it than that.
+
+        Returns as `_send_at_once`.
+        """
+        chains = ring.pop_burst(1)
+        frame = self._frame_maker.plain(chains[0]) if len(chains) == 1 else None
+        if frame is None or not self._write(
+            self._port_index(queue), (frame,), sum(map(len, frame)) - NET_HDR_SIZE
+        ):
+            return chains, 0
+        if self.holds(queue, ring):
+            ring.write_used_burst(chains)
+        return _NONE_TAKEN[0], 1
 
     def _send_at_once(
         self, queue: Queue, ring: SplitRing, waiting: int
@@ -613,6 +636,12 @@ class NetDevice(Device):
         if outbox is None or port_index in self._broken:
             return _NONE_TAKEN
         if waiting >= _WORTH_A_BATCH and maker.takes_short_way():
+            row = self._rows[queue.index]
+            if row.look(waiting, MOST_AT_ONCE):
+                sent = self._send_run(port_index, row, maker.send_alike, outbox)
+                if sent and self.holds(queue, ring):
+                    row.give_back(sent)
+                return (), sent
             run = Run(ring, writable=False)
             run.pop(MOST_AT_ONCE)
             sent = self._send_run(port_index, run, maker.send_plain, outbox)
@@ -621,8 +650,9 @@ class NetDevice(Device):
             run.give_back(_NOTHING_WRITTEN[:sent])
             if sent or run:
                 return run.to_chains(), sent
-        if maker.takes_place_way():
-            tables = TableRun(ring)
+        is_worth_it = waiting >= _WORTH_PLACES_ALONE or not ring.singles_ahead(waiting)
+        if is_worth_it and maker.takes_place_way():
+            tables = self._tables[queue.index]
             tables.pop(BURST, BYTES_PER_TURN)
             sent = self._send_run(port_index, tables, maker.send_in_place, outbox)
             if not self.holds(queue, ring):
@@ -698,15 +728,17 @@ class NetDevice(Device):
         window = self._windows.get(queue.index)
         if window is None:
             return False
+        pace = self._paces[queue.index]
         more = False
         ring.disable_kicks()
         try:
             window.retry()
             if self._port_feeds(queue):
-                more = self._read_bursts(queue, ring, window)
+                more = self._read_bursts(queue, ring, window, pace)
         finally:
             if self.holds(queue, ring) and window.flush():
                 self.publish(queue)
+            window.count_received()  # all that can wait is done behind the call
         if not self.holds(queue, ring):
             return False
         if window.starved:
@@ -715,27 +747,35 @@ class NetDevice(Device):
             self._want_readable(queue, False)
         else:
             self._want_readable(queue, True)
+            if pace.expects_one:
+                window.prepare()
         return more
 
-    def _read_bursts(self, queue: Queue, ring: SplitRing, window: ReceiveWindow) -> bool:
+    def _read_bursts(
+        self, queue: Queue, ring: SplitRing, window: ReceiveWindow, pace: Pace
+    ) -> bool:
         """Moves waiting frames into the window; whether there may be more of them."""
-        index = self._port_index(queue)
-        port = self.link.ports[index]
-        pace = self._paces[queue.index]
+        ports = self.link.ports
+        index = queue.index // 2 % len(ports)
+        port = ports[index]
         # Where few come at a time there is no look for one more: an event loop, if there is one,
-        # looks anyhow, and to find nothing is an exception, which takes as long as a frame.
+        # looks anyhow, and to find nothing takes nearly as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
         expected = pace.begin() if polled else 0
         frames = 0
         try:
             while frames < FRAMES_PER_TURN:
-                limit = min(expected, port.burst) or port.burst
+                limit = port.burst
+                if 0 < expected < limit:
+                    limit = expected
                 moved = port.read_burst(window, limit)
                 frames += moved
                 if not self.holds(queue, ring):
                     return False
                 if window.flush():  # here, so that the call is part of the work that sets the pace
-                    self.publish(queue)
+                    if self.publish(queue):
+                        # Linux' driver looks what was sent when it looks what was received.
+                        self.queues[queue.index + 1].driver_looks_soon = True
                     if not self.holds(queue, ring):
                         return False
                 if expected or moved < limit:
@@ -755,8 +795,11 @@ class NetDevice(Device):
         Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6).
         """
         pair = queue.index // 2
-        has_port = pair < len(self.link.ports) and pair not in self._broken
-        return has_port and self._pair_is_active(pair)
+        return (
+            pair < len(self.link.ports)
+            and pair not in self._broken
+            and (pair < self._active_pairs or self._control_hidden)
+        )
 
     def _pair_is_active(self, pair: int) -> bool:
         return pair < self._active_pairs or self._control_hidden

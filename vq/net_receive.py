@@ -17,15 +17,13 @@ import ctypes
 import struct
 import sys
 from array import array
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
-from vq.lanes import total
+from vq.lanes import alike, total
 from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
@@ -36,7 +34,8 @@ from vq.split_ring import Chain, SplitRing
 
 __all__ = ["ReceiveWindow"]
 
-_REFILL = 64
+_REFILL = 64  # chains taken at a time
+_MANY = MOST_AT_ONCE  # usual ones: to take more of them at a time takes less for each
 _MOST_WAITING = 64
 """Frames of the host's own kept for a guest that offers no buffers."""
 _DETOUR = 64
@@ -48,10 +47,15 @@ _SHORTEST = NET_HDR_SIZE + _START
 _MOST_LENT = 1000  # the kernel takes 1024 vectors at a time
 _VECTORS = 2048
 _NUM_BUFFERS = struct.Struct("<H")
+_FIRST_LOOK = struct.Struct("2s10x6s6x2s")
+"""What a frame is judged by: flags and gso_type of its net header, destination, type."""
+_LOOKED_AT = NET_HDR_SIZE + 14
 _FLAGS = int(HdrFlag.NEEDS_CSUM | HdrFlag.DATA_VALID)  # others need features that we do not offer
-_VLAN = int.from_bytes(b"\x81\x00", sys.byteorder)
+_VLAN_TYPE = b"\x81\x00"
+_VLAN = int.from_bytes(_VLAN_TYPE, sys.byteorder)
 _ONE_BUFFER = (1).to_bytes(2, "little")
 _ONES = memoryview(b"\1" * MOST_AT_ONCE)
+_NOT_PREPARED: tuple[memoryview, ...] = ()
 _NOTHING_UNDONE = memoryview(bytes(2 * MOST_AT_ONCE)).cast("H")
 
 
@@ -96,7 +100,9 @@ class ReceiveWindow:
         self._as_is = frozenset((b"\0\0",))
         self.looks_at = NET_HDR_SIZE
         """See `vq.link.PlacesRoom`."""
-        self._always_wanted: list[memoryview] = []  # see `_all_wanted`
+        self._own_address: bytes | None = None  # whose frames need not be shown to the filter
+        self._always_wanted: list[memoryview] = []  # the same for `_all_wanted`
+        self._frames = self._bytes = 0  # received, and not in `stats` yet
 
     def configure(
         self,
@@ -115,6 +121,7 @@ class ReceiveWindow:
         self.takes = takes
         self.wants = wants
         self.looks_at = NET_HDR_SIZE if wants is None else NET_HDR_SIZE + _START
+        self._own_address = always_wanted
         self._always_wanted = _columns(always_wanted) if always_wanted else []
         self.private = private
         self.largest_plain = largest_plain
@@ -201,7 +208,7 @@ class ReceiveWindow:
         run = self._usual.run
         limit = min(limit, MOST_AT_ONCE)
         if len(run) < limit:
-            self._usual.refill(MOST_AT_ONCE)
+            self._usual.refill()
         if run.shortest < _SHORTEST:
             return None
         return run.addresses[:limit], run.lengths[:limit]
@@ -218,8 +225,8 @@ class ReceiveWindow:
             return False
         starts[10 :: self.looks_at] = _ONES[:count]  # num_buffers (5.1.6.4)
         self._usual.use(lengths)
-        self._stats["rx_frames"] += count
-        self._stats["rx_bytes"] += total(lengths) - NET_HDR_SIZE * count
+        self._frames += count
+        self._bytes += total(lengths) - NET_HDR_SIZE * count
         return True
 
     def _are_as_is(self, starts: memoryview, count: int) -> bool:
@@ -279,31 +286,58 @@ class ReceiveWindow:
         usual = self._usual
         run, at = usual.run, usual.used
         memory, start = run.memory, run.addresses[at] - run.base
-        header = bytes(memory[start : start + 2])
+        header, destination, kind = _FIRST_LOOK.unpack_from(memory, start)
         if header not in self._as_is:
             self._commit_as_chains(length)
             return
-        payload = length - NET_HDR_SIZE
-        if self.wants is not None and not self.wants(
-            bytes(memory[start + NET_HDR_SIZE : start + min(length, NET_HDR_SIZE + _START)])
+        if (
+            self.wants is not None
+            and (destination != self._own_address or kind == _VLAN_TYPE or length < _LOOKED_AT)
+            and not self.wants(bytes(memory[start + NET_HDR_SIZE : start + min(length, _SHORTEST)]))
         ):
             self._drop("filtered")
             return
-        if self._over_mtu(header, payload):
+        payload = length - NET_HDR_SIZE
+        if self.largest_plain is not None and self._over_mtu(header, payload):
             return
-        written: Sequence[int] = (length,)
-        if length > run.lengths[at]:
-            if not self._mergeable:
-                self._drop("longer than the receive buffer")
-                return
-            spread = usual.spread(length)
-            if spread is None:
-                self._commit_as_chains(length)
-                return
-            written = spread
-        _NUM_BUFFERS.pack_into(memory, start + 10, len(written))  # 5.1.6.4
-        usual.use(written)
-        self._count(payload)
+        if length <= run.lengths[at]:
+            _NUM_BUFFERS.pack_into(memory, start + 10, 1)  # 5.1.6.4
+            usual.use((length,))
+        elif not self._mergeable:
+            self._drop("longer than the receive buffer")
+            return
+        elif written := usual.spread(length):
+            _NUM_BUFFERS.pack_into(memory, start + 10, len(written))
+            usual.use(written)
+        else:
+            self._commit_as_chains(length)
+            return
+        self._frames += 1
+        self._bytes += payload
+
+    def lend_alone(self) -> Sequence[memoryview]:
+        """See `vq.link.PlacesRoom`."""
+        return self._usual.alone
+
+    def commit_alone(self, length: int) -> None:
+        """See `vq.link.PlacesRoom`. The same as `commit_together`, for the usual frame: the guest
+        waits for nothing but this."""
+        usual = self._usual
+        buffer = usual.alone[0]
+        header, destination, kind = _FIRST_LOOK.unpack_from(buffer)
+        if (
+            _LOOKED_AT <= length <= len(buffer)
+            and header in self._as_is
+            and (self.wants is None or (destination == self._own_address and kind != _VLAN_TYPE))
+            and (self.largest_plain is None or length <= NET_HDR_SIZE + self.largest_plain)
+        ):
+            buffer[10:12] = _ONE_BUFFER  # num_buffers (5.1.6.4)
+            usual.give_back_alone(length)
+            self._frames += 1
+            self._bytes += length - NET_HDR_SIZE
+        else:
+            usual.lent = 1
+            self.commit_together(length)
 
     def _commit_as_chains(self, length: int) -> None:
         """A frame that stands in the first buffers not used yet, and perhaps in the spill."""
@@ -346,7 +380,8 @@ class ReceiveWindow:
 
     def _give_back(self) -> None:
         """Writes the used elements of the buffers that were filled."""
-        self._usual.give_back()
+        if self._usual.used:
+            self._usual.give_back()
         if self._finished:
             finished, self._finished = self._finished, []
             self._ring.write_used_burst(finished)
@@ -379,6 +414,18 @@ class ReceiveWindow:
         given_back = self._given_back or self._usual.given_back
         self._given_back = self._usual.given_back = False
         return given_back
+
+    def count_received(self) -> None:
+        """Has `stats` tell of the frames that came: for when the guest knows of them."""
+        if self._frames:
+            self._stats["rx_frames"] += self._frames
+            self._stats["rx_bytes"] += self._bytes
+            self._frames = self._bytes = 0
+
+    def prepare(self) -> None:
+        """A turn is over, and the next frame is expected to come alone: has room ready for it."""
+        if not (self._chains or self.private):
+            self._usual.prepare()
 
     def retry(self) -> None:
         """A turn begins, perhaps with new buffers: places what waits for them."""
@@ -566,8 +613,8 @@ class ReceiveWindow:
         return sum(chain.descriptors for chain in self._chains) >= self._ring.size
 
     def _count(self, length: int) -> None:
-        self._stats["rx_frames"] += 1
-        self._stats["rx_bytes"] += length
+        self._frames += 1
+        self._bytes += length
 
     def _drop(self, reason: str) -> None:
         self._stats["rx_dropped: " + reason] += 1
@@ -586,18 +633,20 @@ class _UsualBuffers:
         self.left = 0
         self.lent = 0
         """How many of those left were lent for the next frame."""
+        self.alone: Sequence[memoryview] = _NOT_PREPARED
+        """The first of those left, and the spill, if that was prepared; none is used then."""
         self.given_back = False
         """Whether used elements were written; for the window to set back."""
         self._written = array("I")
         self._spill = spill
-        self._spill_place = [address_of(spill)], [len(spill)]
+        self._spill_place = array("Q", [address_of(spill)]), array("I", [len(spill)])
         self._vectors = IoVectors(_VECTORS)
         self._first = 0  # the vector of the run's first buffer
         self._shown = 0  # buffers that have a vector; the spill's is behind them
 
-    def refill(self, limit: int = _REFILL) -> bool:
-        """Takes up to `limit` more buffers; whether there were any."""
-        taken = self.run.pop(limit)
+    def refill(self) -> bool:
+        """Takes more buffers; whether there were any."""
+        taken = self.run.pop(_MANY)
         self.left += taken
         return taken > 0
 
@@ -612,6 +661,7 @@ class _UsualBuffers:
     def to_chains(self) -> list[Chain]:
         """Goes over to chains. All used ones were given back."""
         self._shown = self.left = 0
+        self.alone = _NOT_PREPARED
         return self.run.to_chains()
 
     def lend(self, room: int) -> tuple[IoVectors, int, int] | None:
@@ -635,43 +685,61 @@ class _UsualBuffers:
         What stands in the spill is copied to where it belongs.
         """
         run, at = self.run, self.used
-        size = run.lengths[at]
-        full, rest = divmod(length - 1, size)
+        full, rest = divmod(length - 1, run.lengths[at])
         written = run.lengths[at : at + full + 1]
-        if full < self.lent and written.count(size) == full + 1:  # all as long as the first
+        if full < self.lent and alike(written):  # all are as long as the first
             written[full] = rest + 1  # all but the last are full (5.1.6.4.1)
             return written
-        ends = list(accumulate(run.lengths[at : at + self.lent]))
-        if length > ends[-1]:
-            spilled = length - ends[-1]
-            more = run.lengths[at + self.lent :]
-            while sum(more) < spilled:
+        left = length
+        for last, size in enumerate(run.lengths[at : at + self.lent].tolist(), at):  # noqa: B007
+            left -= size
+            if left <= 0:
+                break
+        if left > 0:
+            spilled, first = left, at + self.lent
+            while sum(run.lengths[first:]) < spilled:
                 if not self.refill():
                     return None
-                more = run.lengths[at + self.lent :]
-            ends += accumulate(more, initial=ends.pop())
-            last = bisect_left(ends, length)
-            places = [run.view(index) for index in range(at + self.lent, at + last + 1)]
+            while left > 0:
+                last += 1
+                left -= run.lengths[last]
+            places = [run.view(index) for index in range(first, last + 1)]
             scatter((self._spill[:spilled],), places)
-        else:
-            last = bisect_left(ends, length)
-        written = run.lengths[at : at + last + 1]
-        written[last] -= ends[last] - length
+        written = run.lengths[at : last + 1]
+        written[-1] += left
         return written
+
+    def prepare(self) -> None:
+        """Has `alone` ready, if there are buffers. None is used yet."""
+        if not self.alone and (self.left or self.refill()) and self.run.shortest >= _SHORTEST:
+            self.alone = self.run.view(0), self._spill
 
     def use(self, written: Sequence[int]) -> None:
         """Frames stand in the next buffers, so many bytes in each."""
         self.used += len(written)
         self.left -= len(written)
         self._written.extend(written)
+        self.alone = _NOT_PREPARED
 
     def give_back(self) -> None:
         """Writes the used elements."""
-        if self.used:
+        used = self.used
+        if used:
             self.run.give_back(self._written)
-            self._first += self.used
-            self._shown = max(0, self._shown - self.used)
-            self.used, self._written, self.given_back = 0, array("I"), True
+            self._first += used
+            self._shown = max(0, self._shown - used)
+            del self._written[:]
+            self.used, self.given_back = 0, True
+
+    def give_back_alone(self, written: int) -> None:
+        """A frame stands in the first of `alone`, so many bytes: writes the used element."""
+        self.run.give_back_one(written)
+        self.left -= 1
+        if self._shown:
+            self._first += 1
+            self._shown -= 1
+        self.given_back = True
+        self.alone = _NOT_PREPARED
 
     def _show(self) -> None:
         """Gives each buffer its vector."""

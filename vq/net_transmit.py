@@ -12,6 +12,8 @@ copied and checked, and all else is the kernel's to fetch.
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -22,14 +24,15 @@ from vq.lanes import total
 from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Link, Outbox
 from vq.offload import Offload
 from vq.packet import Buffer, copy_range, cut
+from vq.ring_row import Row
 from vq.ring_run import Run, TableRun
 from vq.software import (
     MOST_OF_START,
     PLAIN_HEADER,
     HeaderLie,
+    UsualStarts,
     check_frame,
     finish,
-    usual_start,
 )
 from vq.split_ring import Chain
 
@@ -49,6 +52,9 @@ _MAX_FRAMES = 1024
 """Frames of one burst, unless one chain alone makes more. Segments cut in software count: a guest
 must not have tens of thousands of them made in one go."""
 _NO_FIELDS = memoryview(bytes(4 * MOST_AT_ONCE)).cast("I")
+_LONGEST = NET_HDR_SIZE + MAX_FRAME
+_COPY = [struct.Struct(f"{size}s").unpack_from for size in range(MOST_OF_START + 1)]
+"""What copies so many bytes out of a buffer, quicker than to cut it."""
 _NOTHING_UNDONE = b"\0\0"  # flags and gso_type: the other fields have no meaning then
 
 
@@ -89,6 +95,7 @@ class FrameMaker:
         self._responders = tuple(responders)
         self._stats = stats
         self._judged = (Offload.NONE, Offload.NONE, False)
+        self._usual_starts = UsualStarts(int(Offload.NONE))  # for what is judged
         self._detour = self._place_detour = 0  # bursts for which the plain way is kept to
 
     def takes_short_way(self) -> bool:
@@ -106,9 +113,7 @@ class FrameMaker:
         self._detour = _DETOUR  # until all goes well
         if (
             not run
-            or self._responders
-            or self.locked_mac is not None
-            or run.shortest < NET_HDR_SIZE + max(self._link.min_frame, 1)
+            or not self._may_copy(run.shortest)
             or (size := total(lengths)) > outbox.most_bytes
         ):
             return 0
@@ -127,6 +132,34 @@ class FrameMaker:
         self._stats["tx_bytes"] += done - NET_HDR_SIZE * sent
         return sent
 
+    def send_alike(self, row: Row, outbox: Outbox) -> int:
+        """`send_plain` for frames that are all of the same length."""
+        count, length = row.count, row.length
+        size = count * length
+        self._detour = _DETOUR  # until all goes well
+        if not self._may_copy(length) or size > outbox.most_bytes:
+            return 0
+        try:
+            headers = outbox.take_alike(row.vectors, count, length)
+        except OSError:  # memory that is not there
+            return 0
+        if headers != _NO_FIELDS[:count]:
+            return 0
+        self._detour = 0
+        sent = outbox.send_alike(count, length)
+        self._stats["tx_frames"] += sent
+        self._stats["tx_bytes"] += (length - NET_HDR_SIZE) * sent
+        return sent
+
+    def _may_copy(self, shortest: int) -> bool:
+        """Whether frames need not be looked at by anybody, and none is too short."""
+        return (
+            not self._responders
+            and self.locked_mac is None
+            and shortest > NET_HDR_SIZE
+            and shortest >= NET_HDR_SIZE + self._link.min_frame
+        )
+
     def takes_place_way(self) -> bool:
         """Whether `send_in_place` is worth a try: not soon again where it was not."""
         self._place_detour -= 1
@@ -139,44 +172,56 @@ class FrameMaker:
         The others are left to `make`. Raises `OSError` when the link is gone.
         """
         self._place_detour = _DETOUR  # unless there is one
-        if not run or not self._link_does_all():
+        if not run.heads or not self._link_does_all():
             return 0
-        memory, base, starts = run.memory, run.base, outbox.starts
-        permitted, shortest = int(self.allowed), max(self._link.min_frame, _ETHERNET)
-        addresses, lengths = run.addresses[:], run.lengths[:]
-        counts: list[int] = []
-        size = at = room = 0
-        for count in run.counts[:MOST_AT_ONCE]:
-            first = lengths[at]
-            length = (first if count == 1 else sum(lengths[at : at + count])) - NET_HDR_SIZE
-            if first < NET_HDR_SIZE or not shortest <= length <= MAX_FRAME:
+        memory, base, checked = run.memory, run.base, self._usual_starts.checked
+        shortest = max(self._link.min_frame, _ETHERNET) + NET_HDR_SIZE
+        vectors, counts = run.vectors[:], run.counts[:MOST_AT_ONCE]
+        starts: list[bytes] = []
+        place, at = outbox.starts_address, 0
+        for index, size in enumerate(run.sizes[:MOST_AT_ONCE]):
+            address, first = vectors[at], vectors[at + 1]
+            if first < NET_HDR_SIZE or not shortest <= size <= _LONGEST:
                 break
-            place = addresses[at] - base
-            looked_at = memory[place : place + (first if first < MOST_OF_START else MOST_OF_START)]
-            start = usual_start(bytes(looked_at), length, permitted)
+            replaced = first if first < MOST_OF_START else MOST_OF_START
+            (copy,) = _COPY[replaced](memory, address - base)
+            start = checked(copy, size - NET_HDR_SIZE)
             if start is None:
                 break
-            replaced = len(start)
-            starts[room : room + replaced] = start
+            starts.append(start)
+            vectors[at] = place
             if replaced < first:
-                addresses[at : at + 1] = (outbox.starts_address + room, addresses[at] + replaced)
-                lengths[at : at + 1] = replaced, first - replaced
-                count += 1
-            else:
-                addresses[at] = outbox.starts_address + room
-            counts.append(count)
-            size += length
-            at += count
-            room += START_ROOM
-        if not counts:
+                rest = array("Q", (replaced, address + replaced, first - replaced))
+                vectors[at + 1 : at + 2] = rest
+                counts[index] += 1
+            at += 2 * counts[index]
+            place += replaced
+        count = len(starts)
+        if not count:
             return 0
         self._place_detour = 0
-        sent = outbox.send_in_place(addresses[:at], lengths[:at], counts)
-        if sent < len(counts):
-            size = sum(lengths[: sum(counts[:sent])]) - NET_HDR_SIZE * sent
+        private = b"".join(starts)
+        outbox.starts[: len(private)] = private
+        sent = outbox.send_in_place(vectors[:at], counts[:count])
         self._stats["tx_frames"] += sent
-        self._stats["tx_bytes"] += size
+        self._stats["tx_bytes"] += sum(run.sizes[:sent]) - NET_HDR_SIZE * sent
         return sent
+
+    def plain(self, chain: Chain) -> Frame | None:
+        """A chain's frame, if it leaves nothing undone and nobody has to look at it.
+
+        Else it is for `make`, whatever the reason.
+        """
+        pieces = chain.readable
+        if chain.writable or not pieces or self._responders or self.locked_mac is not None:
+            return None
+        first = pieces[0]
+        # Nothing of the header is used: the link gets one of ours, which leaves nothing undone.
+        if len(first) <= NET_HDR_SIZE or first[0] or first[1]:  # flags, gso_type
+            return None
+        if len(pieces) == 1:
+            return [PLAIN_HEADER, first[NET_HDR_SIZE:]]
+        return [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
 
     def make(self, queue: str, chains: Sequence[Chain]) -> Burst:
         """The frames in `chains`, which are of the queue of this name, and what became of others.
@@ -187,33 +232,22 @@ class FrameMaker:
         frames, owners = burst.frames, burst.owners
         locked = self.locked_mac is not None
         responders = self._responders
-        as_it_is = not locked and not responders
         for chain in chains:
+            frame = self.plain(chain)
+            if frame is not None:
+                frames.append(frame)
+                owners.append(chain)
+                burst.size += chain.readable_size - NET_HDR_SIZE
+                continue
             pieces = chain.readable
             if chain.writable or not pieces:
                 _misfit(burst, queue, chain)
                 continue
             first = pieces[0]
-            if (
-                as_it_is
-                and len(first) > NET_HDR_SIZE
-                and not (first[0] or first[1])  # flags, gso_type: nothing is left undone
-            ):
-                frames.append(
-                    [PLAIN_HEADER, first[NET_HDR_SIZE:]]
-                    if len(pieces) == 1
-                    else [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
-                )
-                owners.append(chain)
-                burst.size += (
-                    len(first) if len(pieces) == 1 else chain.readable_size
-                ) - NET_HDR_SIZE
-                continue
-            # The header is copied before it is looked at: what is checked is what is used. (Above
-            # nothing of it is used: the link gets a header of ours, which leaves nothing undone.)
+            # The header is copied before it is looked at: what is checked is what is used.
             if len(first) > NET_HDR_SIZE:
                 header = bytes(first[:NET_HDR_SIZE])
-                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
+                frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
             elif len(first) == NET_HDR_SIZE:
                 header = bytes(first)
                 frame = [header, *pieces[1:]]
@@ -269,6 +303,7 @@ class FrameMaker:
         if judged[0] is not self.allowed or judged[1] is not self._link.accepts:
             allowed, accepts = self.allowed, self._link.accepts
             self._judged = judged = (allowed, accepts, not allowed & ~accepts)
+            self._usual_starts = UsualStarts(int(allowed))
         return judged[2]
 
     def _answered(self, burst: Burst, chain: Chain, frame: Frame) -> bool:

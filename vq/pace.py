@@ -21,6 +21,11 @@ class Pace:
         self._last = self._before = 0  # frames of the last two turns
         self._began = self._ended = 0.0
 
+    @property
+    def expects_one(self) -> bool:
+        """Whether frames come one at a time, whatever the rest between them."""
+        return self._last == self._before == 1
+
     def begin(self) -> int:
         """A turn begins: how many frames to expect, 0 where it could be any number."""
         now = time.monotonic()

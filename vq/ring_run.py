@@ -11,13 +11,13 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from operator import add
+from operator import add, itemgetter
 
 from vq.abi import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vq.errors import AddressError
-from vq.lanes import ADDRESSES, alike
+from vq.lanes import ADDRESSES, Ranges, alike
 from vq.memory import address_of, order_loads
 from vq.split_ring import Chain, SplitRing
 
@@ -101,6 +101,16 @@ class Run:
         if ring.memory.dirty_log is not None:
             self._mark_dirty(written)
         del self.addresses[:count], self.lengths[:count]
+
+    def give_back_one(self, written: int) -> None:
+        """`give_back` for one chain, without columns."""
+        ring, head = self._ring, self.heads.pop(0)
+        ring._outstanding[head] = None
+        ring._write_element(head, written)
+        if ring.memory.dirty_log is not None:
+            self._mark_dirty((written,))
+        self.addresses.pop(0)
+        self.lengths.pop(0)
 
     @property
     def memory(self) -> memoryview:
@@ -189,23 +199,29 @@ class Run:
         outstanding = ring._outstanding
         first = int.from_bytes(words[:2], "little")
         end = first + count
-        held: list[object]
+        held: Sequence[object]
         in_turn = words == ring._words_in_turn[2 * first : 2 * end]
         if in_turn:  # as drivers mostly hand out a queue's descriptors
             heads = ring._heads[first:end]
             copy = ring._table[first << 4 : end << 4].tobytes()
             held = outstanding[first:end]
         else:
-            heads = array("I", memoryview(words).cast("H").tolist())
-            if max(heads) >= ring.size or len(set(heads)) != count:
+            numbers = memoryview(words).cast("H").tolist()
+            if len(set(numbers)) != count:
                 return ()
-            copy = b"".join(map(ring._each_descriptor.__getitem__, heads))
-            held = [outstanding[head] for head in heads]
+            at_heads = itemgetter(*numbers)  # one step for all of them
+            try:
+                held = at_heads(outstanding)
+            except IndexError:  # there is no such head
+                return ()
+            copy = b"".join(at_heads(ring._each_descriptor))
+            heads = array("I", numbers)
         addresses, lengths = array("Q", copy)[::2], array("I", copy)[2::4]
         flags = array("H", copy)[6::8]
         shortest = longest = lengths[0]
         if not alike(lengths):
-            shortest, longest = min(lengths), max(lengths)
+            in_order = sorted(lengths)  # takes less than min and max
+            shortest, longest = in_order[0], in_order[-1]
         if flags[0] != self._flag or not alike(flags) or held.count(None) != count or not shortest:
             return ()
         column = ADDRESSES.column(addresses)
@@ -217,7 +233,7 @@ class Run:
         if in_turn:
             outstanding[first:end] = [self] * count
         else:
-            for head in heads:
+            for head in numbers:
                 outstanding[head] = self
         return heads
 
@@ -247,9 +263,10 @@ class TableRun:
 
     So a driver sends what lies in many places. All is in one region, and each table's descriptors
     follow one another; a chain of one buffer without a table is taken too. Chain by chain, oldest
-    first, `heads` and `counts` say what is held, `counts` how many buffers each chain has; buffer
-    by buffer `addresses` (host-virtual) and `lengths` (in bytes). They are the ring's own
-    copies, checked as `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
+    first, `heads`, `counts` and `sizes` say what is held: how many buffers each chain has, and how
+    many bytes. `vectors` has two items for each buffer ("Q"), as `struct iovec` has: its address
+    (host-virtual) and its length in bytes. They are the ring's own copies, checked as
+    `SplitRing.pop_burst` checks; the buffers stay mapped while they are held.
 
     What is not of this kind is left to that, bad chains too. While something is held here it must
     not be called: `to_chains` first. With IN_ORDER nothing is taken while the device holds a
@@ -258,27 +275,25 @@ class TableRun:
 
     most_pieces = 1024
     """Buffers that are held at most, of all chains together."""
+    memory: memoryview
+    """All bytes of the region that the buffers lie in."""
+    base: int
+    """Where the first of them is, host-virtual."""
 
     def __init__(self, ring: SplitRing) -> None:
-        self.heads = array("I")
+        self.heads: list[int] = []
         self.counts: list[int] = []
-        self.addresses: list[int] = []
-        self.lengths: list[int] = []
+        self.sizes: list[int] = []
+        self.vectors = array("Q")
         self._ring = ring
-        self._region = ring._window
-        self.base = ring.memory.hvaddr(self._region[0])
-        """Where the region's first byte is, host-virtual."""
+        self._most_in_table = min(_MOST_IN_TABLE, ring.size) if ring._indirect else 0
+        self._look_into(ring._window)
 
     def __len__(self) -> int:
         return len(self.heads)
 
     def __repr__(self) -> str:
         return f"<TableRun of {len(self)}>"
-
-    @property
-    def memory(self) -> memoryview:
-        """All bytes of the region that the buffers lie in; the first is at `base`."""
-        return self._region[2]
 
     def pop(self, limit: int, enough_bytes: int = _MOST_BYTES) -> int:
         """Takes up to `limit` chains, as far as they are of this kind, and no more once they have
@@ -289,46 +304,41 @@ class TableRun:
         """
         if self.heads:
             return 0
-        ring = self._ring
-        entries = _next_entries(ring, limit).tolist()
-        heads, addresses, lengths = self._read(entries, enough_bytes)
-        if not heads:
+        ring, counts, sizes = self._ring, self.counts, self.sizes
+        if self._region is not ring._window:  # where the last buffer was found
+            self._look_into(ring._window)
+        taken, tables = self._read(_next_entries(ring, limit).tolist(), enough_bytes)
+        if not taken:
             return 0
-        start, room, _ = self._region
-        if (
-            min(addresses) < start
-            or max(map(add, addresses, lengths)) > start + room
-            or not min(lengths)
-            or sum(lengths) > _MOST_BYTES
-        ):
-            self.counts.clear()
+        vectors = self._ranges.moved(b"".join(tables))
+        if vectors is None or sum(sizes) > _MOST_BYTES:
+            for head in taken:
+                ring._outstanding[head] = None
+            counts.clear()
+            sizes.clear()
             return 0
-        outstanding, shift = ring._outstanding, self.base - start
-        for head in heads:
-            outstanding[head] = self
-        self.heads.extend(heads)
-        self.addresses = [address + shift for address in addresses]
-        self.lengths = lengths
-        ring._next_avail = (ring._next_avail + len(heads)) & 0xFFFF
+        self.heads = taken
+        self.vectors = array("Q", vectors)
+        ring._next_avail = (ring._next_avail + len(taken)) & 0xFFFF
         if ring._inflight_log is not None:
-            ring._inflight_log.popped(heads)
-        return len(heads)
+            ring._inflight_log.popped(taken)
+        return len(taken)
 
-    def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[int], list[int]]:
+    def _read(self, heads: list[int], enough_bytes: int) -> tuple[list[int], list[bytes]]:
         """Reads descriptors and tables, each once, up to a chain of another kind or enough bytes.
 
-        Returns the heads before that, and the addresses and lengths that were read, which are not
-        checked yet.
+        Returns the heads before that, which are outstanding from now on, and copies of their
+        descriptors, where addresses and lengths are not checked yet.
         """
-        ring = self._ring
-        outstanding, table, size, counts = ring._outstanding, ring._table, ring.size, self.counts
-        most = min(_MOST_IN_TABLE, size) if ring._indirect else 0
+        ring, counts, sizes = self._ring, self.counts, self.sizes
+        outstanding, table, size = ring._outstanding, ring._table, ring.size
+        most = self._most_in_table
         start, room, memory = self._region
-        addresses: list[int] = []
-        lengths: list[int] = []
         taken: list[int] = []
+        tables: list[bytes] = []
+        pieces = 0
         for head in heads:
-            if head >= size or outstanding[head] is not None or head in taken:
+            if head >= size or outstanding[head] is not None:
                 break
             address, length, flags, _ = _DESCRIPTOR.unpack_from(table, head << 4)
             if flags == DESC_F_INDIRECT:
@@ -338,36 +348,37 @@ class TableRun:
                 if not 0 <= offset <= room - length:
                     if taken:
                         break
-                    start, room, memory = self._move(address)
+                    self._look_into(ring._move_window(address))
+                    start, room, memory = self._region
                     offset = address - start
                     if not 0 <= offset <= room - length:
                         break
-                layout, flags_in_turn, next_in_turn = _in_turn(count)
-                fields = layout.unpack_from(memory, offset)
-                if fields[2::4] != flags_in_turn or fields[3:-1:4] != next_in_turn:
+                copy, lengths, fixed, in_turn = _in_turn(count)
+                (descriptors,) = copy(memory, offset)
+                if int.from_bytes(descriptors, "little") & fixed != in_turn:
                     break
-                addresses += fields[::4]
-                sizes = fields[1::4]
-                lengths += sizes
-                enough_bytes -= sum(sizes)
+                length = sum(lengths(descriptors))
             elif flags:
                 break
             else:
                 count = 1
-                addresses.append(address)
-                lengths.append(length)
-                enough_bytes -= length
-            counts.append(count)
+                descriptors = _DESCRIPTOR.pack(address, length, 0, 0)
+            outstanding[head] = self
             taken.append(head)
-            if enough_bytes <= 0 or len(addresses) > self.most_pieces - _MOST_IN_TABLE:
+            counts.append(count)
+            sizes.append(length)
+            tables.append(descriptors)
+            pieces += count
+            enough_bytes -= length
+            if enough_bytes <= 0 or pieces > self.most_pieces - _MOST_IN_TABLE:
                 break
-        return taken, addresses, lengths
+        return taken, tables
 
-    def _move(self, address: int) -> tuple[int, int, memoryview]:
-        """Has all be in the region around a guest-physical address, if there is one there."""
-        self._region = self._ring._move_window(address)
-        self.base = self._ring.memory.hvaddr(self._region[0])
-        return self._region
+    def _look_into(self, region: tuple[int, int, memoryview]) -> None:
+        """Has all be in this region."""
+        start, room, self.memory = self._region = region
+        self.base = self._ring.memory.hvaddr(start)
+        self._ranges = Ranges(start, start + room, self.base - start)
 
     def give_back(self, count: int) -> None:
         """Writes the used elements of the first `count` chains: nothing was written to them.
@@ -376,34 +387,34 @@ class TableRun:
         """
         if not count:
             return
-        heads = self.heads[:count]
-        pieces = sum(self.counts[:count])
-        del self.heads[:count], self.counts[:count]
-        del self.addresses[:pieces], self.lengths[:pieces]
-        _let_go(self._ring, heads)
-        self._ring._write_elements(heads, _NOTHING_WRITTEN[:count])
+        ring, heads = self._ring, self.heads[:count]
+        del self.vectors[: 2 * sum(self.counts[:count])]
+        del self.heads[:count], self.counts[:count], self.sizes[:count]
+        outstanding = ring._outstanding
+        for head in heads:
+            outstanding[head] = None
+        ring._write_unwritten(heads)
 
     def to_chains(self) -> list[Chain]:
         """Goes over to chains: they are outstanding in place of what the run held."""
-        ring, view, at = self._ring, self._region[2], 0
+        if not self.heads:
+            return []
+        ring, view, base, at = self._ring, self.memory, self.base, 0
         chains: list[Chain] = []
         for head, count in zip(self.heads, self.counts, strict=True):
             buffers = []
-            for index in range(at, at + count):
-                offset = self.addresses[index] - self.base
-                buffers.append(view[offset : offset + self.lengths[index]])
-            at += count
+            for index in range(at, at + 2 * count, 2):
+                offset = self.vectors[index] - base
+                buffers.append(view[offset : offset + self.vectors[index + 1]])
+            at += 2 * count
             chain = Chain(head, buffers, _NO_VIEWS)
             ring._outstanding[head] = chain
             chains.append(chain)
         if ring._in_order:
             ring._order.extend(chains)
-        for column in (self.heads, self.counts, self.addresses, self.lengths):
+        for column in (self.heads, self.counts, self.sizes, self.vectors):
             del column[:]
         return chains
-
-
-_NOTHING_WRITTEN = array("I", bytes(4 * TableRun.most_pieces))  # no chain is without a buffer
 
 
 def _next_entries(ring: SplitRing, limit: int) -> memoryview:
@@ -432,8 +443,20 @@ def _let_go(ring: SplitRing, heads: array[int]) -> None:
 
 
 @lru_cache(maxsize=_MOST_IN_TABLE)
-def _in_turn(count: int) -> tuple[struct.Struct, tuple[int, ...], tuple[int, ...]]:
-    """A table of so many descriptors that follow one another: its layout, the flags, and the next
-    fields of all but the last."""
-    flags = (DESC_F_NEXT,) * (count - 1) + (0,)
-    return struct.Struct("<" + "QIHH" * count), flags, tuple(range(1, count))
+def _in_turn(
+    count: int,
+) -> tuple[Callable[..., tuple[bytes]], Callable[..., tuple[int, ...]], int, int]:
+    """A table of so many descriptors that follow one another.
+
+    What copies it, what gives all lengths out of the copy, which bits of it are always the same,
+    and what they are: the flags, and the next fields of all but the last.
+    """
+    copy, lengths = struct.Struct(f"{16 * count}s"), struct.Struct("<" + "8xI4x" * count)
+    fixed = _DESCRIPTOR.pack(0, 0, 0xFFFF, 0xFFFF) * (count - 1) + _DESCRIPTOR.pack(0, 0, 0xFFFF, 0)
+    chained = [_DESCRIPTOR.pack(0, 0, DESC_F_NEXT, following) for following in range(1, count)]
+    return (
+        copy.unpack_from,
+        lengths.unpack,
+        int.from_bytes(fixed, "little"),
+        int.from_bytes(b"".join(chained), "little"),
+    )

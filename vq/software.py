@@ -9,8 +9,8 @@ segments that the next one will not do. What the headers of a frame say is `vq.p
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from vq import packet as packets
 from vq.abi import NET_HDR, NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
@@ -23,9 +23,9 @@ __all__ = [
     "MOST_OF_START",
     "PLAIN_HEADER",
     "HeaderLie",
+    "UsualStarts",
     "check_frame",
     "finish",
-    "usual_start",
 ]
 
 _Frame: TypeAlias = list[Buffer]
@@ -52,7 +52,7 @@ _GSO_NONE = int(HdrGso.NONE)
 _GSO_TCPV4, _GSO_TCPV6 = int(HdrGso.TCPV4), int(HdrGso.TCPV6)
 _USUAL_HEADERS = 14 + 40 + 60  # Ethernet, IPv6, TCP with all options
 MOST_OF_START = NET_HDR_SIZE + _USUAL_HEADERS
-"""Bytes that `usual_start` looks at, or gives back, at most."""
+"""Bytes that `UsualStarts` looks at, at most."""
 _ETHERNET_HEADER = 14
 
 
@@ -221,37 +221,107 @@ _IPV4_START = struct.Struct("!12xHBxH2xHxBH")
 _IPV6_START = struct.Struct("!12xHB3xHB")
 
 
-def usual_start(start: bytes, length: int, permitted: int) -> bytes | None:
-    """What `check_frame` says of a usual frame, from its first bytes alone; None for any other.
+class UsualStarts:
+    """Says what `check_frame` says of usual frames, from their first bytes alone.
 
-    `start` is a private copy of up to `MOST_OF_START` bytes, the net header first, `length` the
-    bytes in the frame behind that, and `permitted` the `Offload` of the guest as an int.
-
-    Returns what the link gets in the place of as many first bytes: the cleaned net header, and in a
-    GSO frame all headers that were checked.
+    `permitted` is the `Offload` of the guest as an int. Frames come in numbers that differ in
+    nothing but their addresses, numbers and lengths: what such frames have alike is remembered, and
+    is compared all at once.
     """
-    flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers = NET_HDR.unpack_from(
-        start
-    )
-    if not (flags or gso_type):
-        return PLAIN_HEADER
-    if not (flags & _NEEDS_CSUM and permitted & _CSUM):
-        return None
-    if gso_type == _GSO_NONE:
-        if csum_start < _ETHERNET_HEADER or csum_start + csum_offset + 2 > length:
+
+    def __init__(self, permitted: int) -> None:
+        self._permitted = permitted
+        self._kinds: dict[bytes, _Kind] = {}
+
+    def checked(self, start: bytes, length: int) -> bytes | None:
+        """What the link gets in the place of `start`: as many bytes, with a cleaned net header.
+
+        `start` is a private copy of up to `MOST_OF_START` bytes, the net header first, and `length`
+        the bytes in the frame behind that. None for a frame that is not usual, or of which more
+        has to be seen. In a GSO frame all headers are among these bytes, and were checked.
+        """
+        kind = self._kinds.get(start[:NET_HDR_SIZE])
+        if kind is not None:
+            size, fixed, same, lengths, behind, longest = kind
+            if (
+                len(start) >= size
+                and int.from_bytes(start, "little") & fixed == same
+                and length <= longest
+            ):
+                total, not_zero = lengths(start)
+                if total + behind == length and not_zero:
+                    return start
+        return self._judged(start, length)
+
+    def _judged(self, start: bytes, length: int) -> bytes | None:
+        flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers = (
+            NET_HDR.unpack_from(start)
+        )
+        frame, permitted = start[NET_HDR_SIZE:], self._permitted
+        if not (flags or gso_type):
+            return PLAIN_HEADER + frame
+        if not (flags & _NEEDS_CSUM and permitted & _CSUM):
             return None
-        hdr_len = min(hdr_len, length)
-        return NET_HDR.pack(_NEEDS_CSUM, 0, hdr_len, 0, csum_start, csum_offset, 0)
-    if not permitted & _GSO_OFFLOADS.get(gso_type, 0):
-        return None
-    frame = start[NET_HDR_SIZE:]
-    end = _usual_headers(frame, gso_type, gso_size, csum_start, csum_offset, length)
-    if not end:
-        return None
-    if flags == _NEEDS_CSUM and hdr_len == end and not num_buffers:  # as Linux' driver says it
-        return start[: NET_HDR_SIZE + end]
-    cleaned = NET_HDR.pack(_NEEDS_CSUM, gso_type, end, gso_size, csum_start, csum_offset, 0)
-    return cleaned + frame[:end]
+        if gso_type == _GSO_NONE:
+            if csum_start < _ETHERNET_HEADER or csum_start + csum_offset + 2 > length:
+                return None
+            hdr_len = min(hdr_len, length)
+            return NET_HDR.pack(_NEEDS_CSUM, 0, hdr_len, 0, csum_start, csum_offset, 0) + frame
+        if not permitted & _GSO_OFFLOADS.get(gso_type, 0):
+            return None
+        end = _usual_headers(frame, gso_type, gso_size, csum_start, csum_offset, length)
+        if not end:
+            return None
+        if flags == _NEEDS_CSUM and hdr_len == end and not num_buffers:  # as Linux' driver says it
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            self._kinds[start[:NET_HDR_SIZE]] = _kind_of(start, end, gso_type, gso_size)
+            return start
+        cleaned = NET_HDR.pack(_NEEDS_CSUM, gso_type, end, gso_size, csum_start, csum_offset, 0)
+        return cleaned + frame
+
+
+class _Kind(NamedTuple):
+    """What frames to be segmented that are alike have alike, beside their net headers."""
+
+    size: int
+    """Bytes of all headers, the net header among them."""
+    fixed: int
+    """Which bits have to be the same, of the start as a little-endian number; and what they are."""
+    same: int
+    lengths: Callable[[bytes], tuple[int, int]]
+    """Gives the length out of the IP header, and something that must not be 0."""
+    behind: int
+    """How many bytes are not in that length."""
+    longest: int
+    """Bytes of the longest such frame that is usual."""
+
+
+_MOST_KINDS = 64
+# Ethertype; version and header length, fragment, protocol; the TCP header's length.
+_IPV4_FIXED = bytes.fromhex("ffff ff 0000000000 3fff 00 ff") + bytes(22) + b"\xf0"
+# Ethertype; version, next header; the TCP header's length.
+_IPV6_FIXED = bytes.fromhex("ffff f0 0000000000 ff") + bytes(45) + b"\xf0"
+_BEFORE_TYPE = bytes(NET_HDR_SIZE + 12)
+_IPV4_LENGTHS = struct.Struct("!28xH6xH")  # total length, checksum
+_IPV6_LENGTHS = struct.Struct("!30xHB")  # payload length, next header
+
+
+def _kind_of(start: bytes, end: int, gso_type: int, gso_size: int) -> _Kind:
+    """What frames are alike to this one, whose headers end there, and which is a usual one."""
+    v4 = gso_type == _GSO_TCPV4
+    fixed = int.from_bytes(_BEFORE_TYPE + (_IPV4_FIXED if v4 else _IPV6_FIXED), "little")
+    longest = end + gso_size * MAX_TCP_SEGMENTS
+    if end - _ETHERNET_HEADER + gso_size > 0xFFFF:
+        longest = min(longest, _ETHERNET_HEADER + 0xFFFF)
+    return _Kind(
+        NET_HDR_SIZE + end,
+        fixed,
+        int.from_bytes(start, "little") & fixed,
+        (_IPV4_LENGTHS if v4 else _IPV6_LENGTHS).unpack_from,
+        _ETHERNET_HEADER if v4 else _ETHERNET_HEADER + 40,
+        longest,
+    )
 
 
 def _usual_tcp(

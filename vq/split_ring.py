@@ -188,6 +188,7 @@ class SplitRing:
         self._flags = self._table.cast("H")[6::8]
         elements = self._used[4 : 4 + 8 * size].cast("I")
         self._used_ids, self._used_lengths = elements[::2], elements[1::2]
+        self._elements = self._used[4 : 4 + 8 * size].cast("Q")
         # All heads in turn, to compare with and to copy from: in ours and in the ring's widths.
         self._heads = array("I", range(size))
         self._words_in_turn = array("H", range(size)).tobytes()
@@ -201,7 +202,8 @@ class SplitRing:
 
         self._next_avail = next_avail & 0xFFFF
         self._next_used = next_used & 0xFFFF  # where the next used element goes
-        self._unpublished = array("I")  # heads
+        self._published = self._next_used  # used.idx, as the driver may see it by now
+        self._unpublished = array("I")  # heads of what is not published, where there is a log
         self._unsignalled = 0  # chains published since should_notify() was last asked
         self._first_call = True
         self._outstanding: list[object] = [None] * size  # by head: a chain, or the run it is in
@@ -219,6 +221,11 @@ class SplitRing:
     def _each_descriptor(self) -> list[memoryview]:
         """A view of each descriptor: to copy many of them, in any order, is one call with these."""
         return [self._table[16 * index : 16 * index + 16] for index in range(self.size)]
+
+    @cached_property
+    def _elements_in_turn(self) -> array[int]:
+        """A used element for each head in turn, with nothing written."""
+        return _unwritten(self._heads)
 
     def _part(self, what: str, gpa: int, length: int, align: int) -> memoryview:
         if gpa % align:
@@ -287,11 +294,33 @@ class SplitRing:
             )
         return count
 
+    def singles_ahead(self, waiting: int) -> bool:
+        """Whether the first and the last of so many waiting chains seem to be one buffer each.
+
+        That is for a guess at what they are: the driver may change it before they are popped.
+        """
+        words, mask, position = self._avail_words, self.size - 1, self._next_avail
+        first, last = words[2 + (position & mask)], words[2 + (position + waiting - 1 & mask)]
+        if _BIG_ENDIAN:
+            first, last = _swap16(first), _swap16(last)
+        flags = self._flags[first & mask] | self._flags[last & mask]
+        return not (_swap16(flags) if _BIG_ENDIAN else flags) & (DESC_F_INDIRECT | DESC_F_NEXT)
+
     @property
     def avail_index(self) -> int:
         """What the driver's available index says now, possible or not."""
         index = self._avail_words[1]
         return _swap16(index) if _BIG_ENDIAN else index
+
+    @property
+    def has_left_over(self) -> bool:
+        """Whether chains wait that the driver made available before: put back here, or taken and
+        left over by an earlier device."""
+        return bool(self._undone or self._resubmit)
+
+    def anything_new(self) -> bool:
+        """Whether that is another one than where the device stands: a look that costs little."""
+        return self.avail_index != self._next_avail
 
     @property
     def burst_was_long(self) -> bool:
@@ -705,14 +734,15 @@ class SplitRing:
 
     def publish(self) -> int:
         """Lets the driver see the used elements written since the last call; returns how many."""
-        finished = self._unpublished
-        if not finished:
-            return 0
-        self._unpublished = array("I")
-        self._unsignalled += len(finished)
         index = self._next_used
+        count = (index - self._published) & 0xFFFF
+        if not count:
+            return 0
+        self._published = index
+        self._unsignalled += count
         log = self._inflight_log
         if log is not None:
+            finished, self._unpublished = self._unpublished, array("I")
             log.publishing(finished, index)
         order_stores()  # the elements are there before the index that covers them (2.7.14)
         self._used_words[1] = _swap16(index) if _BIG_ENDIAN else index
@@ -720,7 +750,7 @@ class SplitRing:
             self.memory.mark_dirty(self._used_gpa, len(self._used))
         if log is not None:
             log.published(finished, index)
-        return len(finished)
+        return count
 
     def push_burst(self, chains: Sequence[Chain]) -> None:
         """Writes the used elements of `chains` and publishes them."""
@@ -754,12 +784,7 @@ class SplitRing:
         if head >= self.size or self._outstanding[head] is not chain:
             return False
         self._outstanding[head] = None
-        slot = self._next_used & (self.size - 1)
-        _ELEMENT.pack_into(self._used, 4 + 8 * slot, head, chain.written)
-        self._next_used = (self._next_used + 1) & 0xFFFF
-        self._unpublished.append(head)
-        if self._resubmitted:
-            self._resubmitted.discard(head)
+        self._write_element(head, chain.written)
         if chain.written and self.memory.dirty_log is not None:
             self.memory.mark_views_dirty(chain.writable, chain.written)
         return True
@@ -806,22 +831,31 @@ class SplitRing:
                 if chain.written:
                     self.memory.mark_views_dirty(chain.writable, chain.written)
 
+    def _write_element(self, head: int, written: int) -> None:
+        """Writes one used element."""
+        position = self._next_used
+        _ELEMENT.pack_into(self._used, 4 + 8 * (position & (self.size - 1)), head, written)
+        self._next_used = (position + 1) & 0xFFFF
+        if self._inflight_log is not None:
+            self._unpublished.append(head)
+        if self._resubmitted:
+            self._resubmitted.discard(head)
+
     def _write_elements(self, heads: Sequence[int], written: Sequence[int]) -> None:
         """Writes used elements, one for each head."""
+        count = len(heads)
+        if count == 1:
+            self._write_element(heads[0], written[0])
+            return
         size = self.size
         slot = self._next_used & (size - 1)
-        count = len(heads)
         end = slot + count
         self._next_used = (self._next_used + count) & 0xFFFF
         if self._resubmitted:
             self._resubmitted.difference_update(heads)
-        if count == 1:
-            _ELEMENT.pack_into(self._used, 4 + 8 * slot, heads[0], written[0])
-            self._unpublished.append(heads[0])
-            return
-        column = _doublewords(heads)
-        self._unpublished += column
-        ids, lengths = _little_endian(column), _little_endian(_doublewords(written))
+        if self._inflight_log is not None:
+            self._unpublished.extend(heads)
+        ids, lengths = _doublewords(heads), _doublewords(written)
         if end <= size:
             self._used_ids[slot:end] = ids
             self._used_lengths[slot:end] = lengths
@@ -831,7 +865,33 @@ class SplitRing:
             self._used_lengths[slot:] = lengths[:first]
             self._used_lengths[: end - size] = lengths[first:]
 
+    def _write_unwritten(self, heads: Sequence[int], elements: array[int] | None = None) -> None:
+        """Writes used elements of chains to which nothing was written, one for each head.
+
+        Those may be given: the heads again, as 64-bit words in the byte order of the ring.
+        """
+        size = self.size
+        slot = self._next_used & (size - 1)
+        end = slot + len(heads)
+        self._next_used = (self._next_used + len(heads)) & 0xFFFF
+        if self._resubmitted:
+            self._resubmitted.difference_update(heads)
+        if self._inflight_log is not None:
+            self._unpublished.extend(heads)
+        if elements is None:
+            elements = _unwritten(heads)
+        if end <= size:
+            self._elements[slot:end] = elements
+        else:
+            first = size - slot
+            self._elements[slot:], self._elements[: end - size] = elements[:first], elements[first:]
+
     # --- notifications ---------------------------------------------------------------------------
+
+    @property
+    def uncalled(self) -> int:
+        """How many chains were published since `should_notify` was asked."""
+        return self._unsignalled
 
     def should_notify(self) -> bool:
         """Whether the driver wants a call for what was published since this was last asked.
@@ -850,7 +910,7 @@ class SplitRing:
         fence()
         wish = self._driver_wish()
         if self._event_idx:
-            new = (self._next_used - len(self._unpublished)) & 0xFFFF
+            new = self._published
             # After 65,536 chains without asking, every value of used_event has been passed.
             return count > 0xFFFF or needs_event(wish, new, (new - count) & 0xFFFF)
         return not wish & AVAIL_F_NO_INTERRUPT
@@ -881,7 +941,7 @@ class SplitRing:
             self._store_used_word(0, 0)
         # The wish must be visible before the index is read, or both sides may go to sleep.
         fence()
-        return bool(self._undone or self._resubmit or self.waiting())
+        return self.has_left_over or self.waiting() > 0
 
     def _store_used_word(self, index: int, value: int) -> None:
         self._used_words[index] = _swap16(value) if _BIG_ENDIAN else value
@@ -902,16 +962,20 @@ def _words(count: int) -> struct.Struct:
 
 
 def _doublewords(values: Sequence[int]) -> array[int]:
-    """The values as 32-bit words; for reading only, since they may be the very same array."""
+    """The values as words of the ring; for reading only, since they may be the very same array."""
+    if _BIG_ENDIAN:
+        words = array("I", values)
+        words.byteswap()
+        return words
     return values if isinstance(values, array) and values.typecode == "I" else array("I", values)
 
 
-def _little_endian(words: array[int]) -> array[int]:
-    """Words in the byte order of the ring, for reading only."""
+def _unwritten(heads: Sequence[int]) -> array[int]:
+    """Used elements of the ring that say that nothing was written."""
+    elements = array("Q", heads)
     if _BIG_ENDIAN:
-        words = words[:]
-        words.byteswap()
-    return words
+        elements.byteswap()
+    return elements
 
 
 def _swap16(value: int) -> int:

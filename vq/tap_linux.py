@@ -147,6 +147,7 @@ class _Batches:
         self._word = array("I", [_WORD] * self.COUNT)
         self._prepared = array("I")  # lengths that the entries for writing are prepared for
         self._starts = array("Q")  # where their frames start
+        self._length = 0  # of each of them, where they are known to be of one length
         self._room = array("I")  # and those for reading
 
     def read(self, places: Places) -> array[int]:
@@ -178,37 +179,69 @@ class _Batches:
     def gather_frames(self, addresses: array[int], lengths: array[int], total: int) -> memoryview:
         """Copies frames into the slab, one behind another; the first word of each ("I")."""
         self.slab.gather(addresses, lengths, total)
-        count, length = len(lengths), lengths[0]
-        if length % _WORD == 0 and alike(lengths):
-            return self.slab.view[:total].cast("I")[:: length // _WORD]
+        if alike(lengths):
+            return self._first_words(len(lengths), lengths[0])
         self._prepare(lengths)
-        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
-        return self._words.view[: _WORD * count].cast("I")
+        return self._words_at_starts(len(lengths))
+
+    def gather_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """The same for frames of one length, and vectors that name them."""
+        self.slab.gather_vectors(vectors, count, count * length)
+        return self._first_words(count, length)
 
     def write(self, lengths: array[int]) -> array[int]:
         """Writes frames that lie in the slab one behind another; returns the kernel's answers."""
         self._prepare(lengths)
         return self.ring.submit(0, len(lengths))
 
-    def write_pieces(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> array[int]:
+    def write_alike(self, count: int, length: int) -> array[int] | None:
+        """The same for frames of one length; None when the kernel took each as a whole."""
+        self._prepare_alike(count, length)
+        return self.ring.submit_alike(0, count, length)
+
+    def write_pieces(self, vectors: array[int], counts: Sequence[int]) -> array[int]:
         """Writes frames of so many pieces each; returns the kernel's answers."""
-        self._pieces.put(0, addresses, lengths)
-        first, count = 2 * self.COUNT, len(counts)
-        self.ring.addresses[first : first + count] = self._pieces.places(counts)
-        self.ring.lengths[first : first + count] = array("I", counts)
-        return self.ring.submit(first, count)
+        self._pieces.store(vectors)
+        addresses, lengths = self.ring.addresses, self.ring.lengths
+        entry = first = 2 * self.COUNT
+        place = self._pieces.address
+        for count in counts:  # they are few, mostly
+            addresses[entry], lengths[entry] = place, count
+            place += IoVectors.SIZE * count
+            entry += 1
+        return self.ring.submit(first, len(counts))
 
     def _prepare(self, lengths: array[int]) -> None:
         """Has the entries for writing name frames of these lengths."""
-        count = len(lengths)
-        if lengths != self._prepared[:count]:
+        if lengths != self._prepared[: len(lengths)]:
             starts = accumulate(lengths, initial=self.slab.address)
-            self._starts = array("Q", list(starts)[:count])
-            self.ring.addresses[:count] = self._starts
-            self.ring.lengths[:count] = lengths
-            self._prepared = lengths[:]
+            self._store(array("Q", list(starts)[: len(lengths)]), lengths[:])
+            self._length = 0
+
+    def _prepare_alike(self, count: int, length: int) -> None:
+        """The same for so many frames of one length."""
+        if length != self._length or count > len(self._prepared):
+            first = self.slab.address
+            starts = array("Q", range(first, first + count * length, length))
+            self._store(starts, array("I", [length]) * count)
+            self._length = length
+
+    def _store(self, starts: array[int], lengths: array[int]) -> None:
+        count = len(lengths)
+        self.ring.addresses[:count] = self._starts = starts
+        self.ring.lengths[:count] = self._prepared = lengths
+
+    def _first_words(self, count: int, length: int) -> memoryview:
+        """The first word of each of so many frames of one length, in the slab."""
+        if length % _WORD == 0:
+            return self.slab.view[: count * length].cast("I")[:: length // _WORD]
+        self._prepare_alike(count, length)
+        return self._words_at_starts(count)
+
+    def _words_at_starts(self, count: int) -> memoryview:
+        """A copy of the first word of each frame that the entries for writing name."""
+        self._words.gather(self._starts[:count], self._word[:count], _WORD * count)
+        return self._words.view[: _WORD * count].cast("I")
 
     def forget(self) -> None:
         """What the entries are prepared for is not known any more, nor what was under way."""
@@ -281,26 +314,52 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(lengths)
             return len(lengths)
-        return self._dealt_with(lambda: self._batches.write(lengths))
+        try:
+            results = self._batches.write(lengths)
+        except OSError:
+            return self._forbidden()
+        return self._judged(results)
 
-    def send_in_place(
-        self, addresses: Sequence[int], lengths: Sequence[int], counts: Sequence[int]
-    ) -> int:
+    def take_alike(self, vectors: bytes, count: int, length: int) -> memoryview:
+        """See `vq.link.Outbox.take_alike`."""
+        return self._batches.gather_alike(vectors, count, length)
+
+    def send_alike(self, count: int, length: int) -> int:
+        """See `vq.link.Outbox.send_alike`."""
+        port = self._port
+        if not port.active:
+            port.dropped["inactive"] += count
+            return count
+        try:
+            results = self._batches.write_alike(count, length)
+        except OSError:
+            return self._forbidden()
+        return count if results is None else self._judged(results)
+
+    def send_in_place(self, vectors: array[int], counts: Sequence[int]) -> int:
         """See `vq.link.Outbox.send_in_place`."""
         port = self._port
         if not port.active:
             port.dropped["inactive"] += len(counts)
             return len(counts)
-        return self._dealt_with(lambda: self._batches.write_pieces(addresses, lengths, counts))
+        return self._dealt_with(lambda: self._batches.write_pieces(vectors, counts))
 
     def _dealt_with(self, write: Callable[[], array[int]]) -> int:
         """Has frames written, and sees to those that were not."""
-        port = self._port
         try:
             results = write()
-        except OSError:  # forbidden since (seccomp); the plain way may not be
-            port.close()
-            return 0
+        except OSError:
+            return self._forbidden()
+        return self._judged(results)
+
+    def _forbidden(self) -> int:
+        """io_uring is forbidden since (seccomp); the plain way may not be."""
+        self._port.close()
+        return 0
+
+    def _judged(self, results: array[int]) -> int:
+        """How many frames need no more attention, by the kernel's answers."""
+        port = self._port
         dealt_with = len(results)
         if not all_between(results, 0, _LONGEST_ANSWER):
             while dealt_with and results[dealt_with - 1] == -errno.EAGAIN:
@@ -425,46 +484,78 @@ class LinuxTapPort(Port):
         if not self.active:
             return 0
         by_address = cast(PlacesRoom, room) if hasattr(room, "lend_together") else None
-        if by_address is not None and limit >= _FEW:
-            moved_apart = self._read_apart(by_address, limit)
-            self.burst = Port.burst if moved_apart is None else _Batches.COUNT
-            if moved_apart is not None:
-                return moved_apart
+        if by_address is not None:
+            if limit == 1 and (alone := by_address.lend_alone()):
+                return self._read_alone(by_address, alone)
+            if limit >= _FEW:
+                moved_apart = self._read_apart(by_address, limit)
+                self.burst = Port.burst if moved_apart is None else _Batches.COUNT
+                if moved_apart is not None:
+                    return moved_apart
         moved = 0
-        try:
-            while moved < limit:
-                longest = min(self.longest, self._longest_usual)
-                if by_address is not None and (places := by_address.lend_together(longest)):
-                    vectors, first, count = places
-                    length = vectors.read(self._fd, first, count)
-                    if length > NET_HDR_SIZE + longest:
-                        self._longer_than(longest)
-                        limit -= 1  # for who floods us with such, this is a burst too
-                        continue
-                    by_address.commit_together(length)
-                    moved += 1
-                    if length <= _SHORT:
-                        self._short_ones += 1
-                    else:
-                        self._short_ones = 0
-                    self.burst = _FEW_LONG if length > _LONG else Port.burst
-                    continue
-                views = room.views()
-                if not views:
+        longest = min(self.longest, self._longest_usual)
+        while moved < limit:
+            if by_address is not None and (places := by_address.lend_together(longest)):
+                vectors, first, count = places
+                length = vectors.read(self._fd, first, count)
+                if length < 0:
+                    self._found_none(-length)
                     break
-                length = self._read_frame(views)
-                if length > len(views[0]) and length > sum(map(len, views)):
-                    self._too_long()
-                    limit -= 1
+                if length > NET_HDR_SIZE + longest:
+                    self._longer_than(longest)
+                    longest = min(self.longest, self._longest_usual)
+                    limit -= 1  # for who floods us with such, this is a burst too
                     continue
-                room.commit(bytes(self._header), length)
+                by_address.commit_together(length)
+                self._learn_from(length)
                 moved += 1
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                self._none_waits()
-            elif error.errno not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
-                raise _in_words(error) from None
+                continue
+            views = room.views()
+            if not views:
+                break
+            try:
+                length = self._read_frame(views)
+            except OSError as error:
+                self._found_none(error.errno or 0)
+                break
+            if length > len(views[0]) and length > sum(map(len, views)):
+                self._too_long()
+                limit -= 1
+                continue
+            room.commit(bytes(self._header), length)
+            moved += 1
         return moved
+
+    def _read_alone(self, room: PlacesRoom, views: Sequence[memoryview]) -> int:
+        """Reads a frame that probably is the only one; returns 1, or 0 if there was none."""
+        try:
+            length = os.readv(self._fd, views)
+        except OSError as error:
+            self._found_none(error.errno or 0)
+            return 0
+        longest = min(self.longest, self._longest_usual)
+        if length > NET_HDR_SIZE + longest:
+            self._longer_than(longest)
+            return 0
+        room.commit_alone(length)
+        self._learn_from(length)
+        return 1
+
+    def _learn_from(self, length: int) -> None:
+        """The next frame will be like this one, of so many bytes, header included."""
+        if length <= _SHORT:
+            self._short_ones += 1
+            self.burst = Port.burst
+        else:
+            self._short_ones = 0
+            self.burst = _FEW_LONG if length > _LONG else Port.burst
+
+    def _found_none(self, code: int) -> None:
+        """A read failed with this error number. Raises `OSError` unless that passes."""
+        if code == errno.EAGAIN:
+            self._none_waits()
+        elif code not in SHORT_OF_MEMORY:  # else the frame waits in the kernel
+            raise _in_words(OSError(code, os.strerror(code))) from None
 
     def _read_frame(self, views: Sequence[memoryview]) -> int:
         """Reads a frame into the views, and its net header; returns its length without that."""

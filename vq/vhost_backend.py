@@ -206,8 +206,7 @@ class Backend:
         device.on_queue_call = self._call
         device.on_config_change = self._config_changed
         device.on_work_left = self._notify_soon
-        device.on_much_moved = loop.much_was_moved
-        device.on_can_wait = loop.call_in_lull
+        device.event_loop = loop
         device.on_shared_change = self._all_home
 
     # --- for the connection -----------------------------------------------------------------------
@@ -248,7 +247,7 @@ class Backend:
             self._forget_fds(vring)
         device = self.device
         device.on_queue_call = device.on_config_change = device.on_work_left = None
-        device.on_much_moved = device.on_can_wait = device.on_shared_change = None
+        device.on_shared_change = device.event_loop = None
         device.reset()
         device.memory = None
         for slot in self._slots:
@@ -900,7 +899,7 @@ class Backend:
         self._processes = self._channel = self._transfer = self._poll_timer = None
         self._work.clear()
         device = self.device
-        device.on_much_moved, device.on_can_wait = loop.much_was_moved, loop.call_in_lull
+        device.event_loop = loop
         device.on_config_change, device.on_shared_change = give_back, None
         device.keep_only(queues)
         for vring in self.vrings:

@@ -106,11 +106,11 @@ class _InTables(_Life):
         if held:
             assert not count, "more on top of what is held"
             return
-        assert count == len(run) == len(run.heads) == len(run.counts)
-        assert len(run.addresses) == len(run.lengths) == sum(run.counts) <= run.most_pieces
+        assert count == len(run) == len(run.heads) == len(run.counts) == len(run.sizes)
+        assert len(run.vectors) == 2 * sum(run.counts) <= 2 * run.most_pieces
         in_use = {chain.head for chain in self.held}
-        numbers = zip(run.addresses, run.lengths, strict=True)
-        for head, pieces in zip(run.heads, run.counts, strict=True):
+        numbers = zip(run.vectors[::2], run.vectors[1::2], strict=True)
+        for head, pieces, size in zip(run.heads, run.counts, run.sizes, strict=True):
             slot = AVAIL + 4 + 2 * (position % self.size)
             assert head == int.from_bytes(MEMORY.read(slot, 2), "little"), "not what was offered"
             assert head < self.size and head not in in_use, "a chain given out twice"
@@ -119,7 +119,8 @@ class _InTables(_Life):
             self.markers.append(Chain(head, (), ()))
             position += 1
             buffers = list(self._buffers(head))
-            assert len(buffers) == pieces and sum(length for _, length in buffers) <= 1 << 32
+            assert len(buffers) == pieces
+            assert sum(length for _, length in buffers) == size <= 1 << 32
             for gpa, length in buffers:
                 region = next(r for r in MEMORY.regions if r.gpa <= gpa < r.gpa + r.size)
                 assert 0 < length <= region.gpa + region.size - gpa, "a buffer beyond its region"
@@ -156,12 +157,12 @@ class _InTables(_Life):
     def to_chains(self) -> None:
         """Goes over to chains."""
         run = self.run
-        rows, numbers = [], zip(run.addresses, run.lengths, strict=True)
+        rows, numbers = [], zip(run.vectors[::2], run.vectors[1::2], strict=True)
         for count in run.counts:
             rows.append([next(numbers) for _ in range(count)])
         base, memory = run.base, run.memory
         chains = run.to_chains()
-        assert not (run or run.counts or run.addresses or run.lengths)
+        assert not (run or run.counts or run.sizes or run.vectors)
         assert len(chains) == len(self.markers)
         for chain, marker, place, row in zip(
             chains, self.markers, self.run_places, rows, strict=True

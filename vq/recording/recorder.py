@@ -115,6 +115,8 @@ class Recorder:
         self._put_before(device, "_notify_config_change", self._config_changed)
         # A call that is made later would stand in the recording where nothing caused it.
         self._put_before(device, "publish_without_haste", lambda _, queue: device.publish(queue))
+        # Likewise buffers that nobody was kicked for.
+        self._put_before(device, "rest", lambda _, queue, ring: ring.enable_kicks())
         device.ring_class = self._make_ring
         self._undo.append(lambda: delattr(device, "ring_class"))
         if self._link is not None:
