@@ -836,6 +836,20 @@ def test_a_frame_is_not_judged_by_what_stood_in_its_buffer_before(
         assert lengths == [12 + len(FRAME)] * 2 + [12 + length] * (length >= 6)
 
 
+@pytest.mark.parametrize("length", [0, 5, 6, 13, 14])
+def test_frames_read_together_are_not_judged_by_what_stood_in_their_buffers_before(
+    memory: GuestMemory, link: ScriptedLink, length: int
+) -> None:
+    """Likewise where all seemed to be for the guest's own address, and no filter was asked."""
+    with frames_by_address():
+        guest = World(memory, link).raw(MRG | features("CTRL_VQ", "CTRL_VLAN"))
+        for _ in range(4):
+            guest.offer(0, (), [guest.put((PLAIN + FRAME).ljust(300))])
+        link.deliver(FRAME, FRAME, FRAME[:length])
+        lengths = [written for _, written in guest.used(0)]
+        assert lengths == [12 + len(FRAME)] * 2 + [12 + length] * (length >= 6)
+
+
 @pytest.mark.parametrize("to", ["reset", "stop", "unplug"])
 def test_a_driver_may_do_anything_when_it_is_called_for_a_frame_that_came_alone(
     memory: GuestMemory, link: ScriptedLink, to: str

@@ -42,8 +42,10 @@ LINGER = 50e-6
 """Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
 _DENSE = 8
 """Turns for which traffic counts as dense after much was moved in one."""
-_LONGEST_WITHOUT_LULL = 64
+_MOST_WITHOUT_LULL = 64
 """Turns after which one need not wait for a lull any longer."""
+_LONGEST_WITHOUT_LULL = 5e-3
+"""Seconds likewise, where turns take long: a loop may serve many."""
 _LOOKED = -2  # in the place of a descriptor
 _MOST_EVENTS = 64
 """Events taken in one turn; what is left comes in the next, those that waited longest first."""
@@ -164,7 +166,8 @@ class Loop:
         self._dense = 0  # turns for which traffic still counts as dense
         self._lookouts: list[Lookout] = []
         self._lull: list[Callback] = []
-        self._without_lull = 0  # turns since the first of them came
+        self._without_lull = 0  # turns since the first of them came,
+        self._lull_asked = 0.0  # and when that was
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -203,8 +206,10 @@ class Loop:
     def call_in_lull(self, callback: Callback) -> None:
         """Calls back once nothing is ready, before the loop sleeps: for what can wait.
 
-        That is after some turns at the latest.
+        That is after some turns, or some milliseconds, at the latest.
         """
+        if not self._lull:
+            self._without_lull, self._lull_asked = 0, time.monotonic()
         self._lull.append(callback)
 
     def look_out(self, lookout: Lookout) -> bool:
@@ -326,7 +331,10 @@ class Loop:
             if ready or found:
                 if self._lull:
                     self._without_lull += 1
-                    if self._without_lull >= _LONGEST_WITHOUT_LULL:
+                    if (
+                        self._without_lull >= _MOST_WITHOUT_LULL
+                        or time.monotonic() - self._lull_asked >= _LONGEST_WITHOUT_LULL
+                    ):
                         self._end_waiting()
                 return ready, found
             if time.monotonic() - began >= wait:
@@ -334,7 +342,10 @@ class Loop:
 
     def _look(self) -> bool:
         """Whether a lookout found something, which was dealt with then."""
-        finders = [lookout for lookout in self._lookouts if lookout.look()]
+        return self._deal([lookout for lookout in self._lookouts if lookout.look()])
+
+    def _deal(self, finders: list[Lookout]) -> bool:
+        """Has lookouts deal with what they found; whether there are any."""
         for lookout in finders:
             self._lookouts.remove(lookout)  # first: it may be to be looked out for again
             lookout.deal()
@@ -350,15 +361,13 @@ class Loop:
             return True
         if not sleeps:
             return False
-        lookouts, self._lookouts = self._lookouts, []
-        finders = [lookout for lookout in lookouts if lookout.rest()]
-        for lookout in finders:
-            lookout.deal()
-        return bool(finders)
+        timers = len(self._timers)
+        finders = self._lookouts = [lookout for lookout in self._lookouts if lookout.rest()]
+        # What a device asks for when its driver is found to have broken a rule is not slept over.
+        return self._deal(finders[:]) or bool(self._soon) or len(self._timers) > timers
 
     def _end_waiting(self) -> None:
         """Does what waited for a lull."""
-        self._without_lull = 0
         callbacks, self._lull = self._lull, []
         for callback in callbacks:
             callback()
