@@ -642,6 +642,7 @@ def test_what_came_before_a_bad_buffer_is_the_guests(
     guest.driver.kick(0)
     link.deliver(FRAME, FRAME)
     assert guest.used(0) == [(0, 72), (1, 0)]
+    assert world.device.stats["rx_frames"] == 1
     assert_needs_reset(world, "5.1.6.3.1")
 
 
@@ -815,6 +816,24 @@ def test_frames_that_come_one_at_a_time_are_read_into_room_that_was_prepared(
         while received := driver.receive():
             got += [frame.data for frame in received]
         assert got == many
+
+
+def test_no_room_is_prepared_beyond_buffers_that_are_held_as_chains(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """They are older: a frame that comes alone is theirs."""
+    with frames_by_address(alone=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vq.net_receive._DETOUR", 64)
+        guest = World(memory, link).raw(MRG)
+        unfinished = NetHeader(flags=HdrFlag.NEEDS_CSUM, csum_start=14, csum_offset=0).pack()
+        for headers in ((PLAIN, PLAIN, unfinished), (PLAIN, PLAIN)):
+            for _ in range(20):
+                guest.offer(0, (), [guest.room(300)], kick=False)
+            guest.driver.kick(0)
+            for header in headers:
+                link.deliver(FRAME, header=header)
+        assert link.port.read_alone == 2
+        assert [head for head, _ in guest.used(0)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("prepared", [True, False])
