@@ -11,16 +11,10 @@ class ManualLoop:
     """Keeps what a device asked of it (`vq.device.EventLoop`)."""
 
     def __init__(self) -> None:
-        self.moved = 0
-        """How often the device said that much was moved."""
         self.waiting: list[Callable[[], None]] = []
         """What is to be done in a lull."""
         self.later: list[tuple[float, Callable[[], None]]] = []
         self.lookouts: list[QueueLookout] = []
-        self.looks_out = True
-
-    def much_was_moved(self) -> None:
-        self.moved += 1
 
     def call_in_lull(self, callback: Callable[[], None]) -> None:
         self.waiting.append(callback)
@@ -28,10 +22,15 @@ class ManualLoop:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         self.later.append((seconds, callback))
 
-    def look_out(self, lookout: QueueLookout) -> bool:
-        if self.looks_out and lookout not in self.lookouts:
+    def look_out(self, lookout: QueueLookout) -> None:
+        if lookout not in self.lookouts:
             self.lookouts.append(lookout)
-        return self.looks_out
+
+    def look(self) -> None:
+        """A turn of the loop."""
+        for lookout in [found for found in self.lookouts if found.look()]:
+            self.lookouts.remove(lookout)
+            lookout.deal()
 
     def lull(self) -> None:
         """There is nothing else to do."""

@@ -1268,9 +1268,7 @@ def test_a_locked_mac_with_offloads_and_many_buffers(
     assert b"".join(f.data[54:] for f in driver.receive()) == make_payload(50000)
 
 
-def test_calls_for_what_was_sent_wait_for_a_lull_and_much_is_told(
-    memory: GuestMemory, link: ScriptedLink
-) -> None:
+def test_calls_for_what_was_sent_wait_for_a_lull(memory: GuestMemory, link: ScriptedLink) -> None:
     """What a guest sent is its own again as soon as it looks; no guest waits until then."""
     world = World(memory, link)
     guest = world.raw(features("CSUM"))
@@ -1279,24 +1277,41 @@ def test_calls_for_what_was_sent_wait_for_a_lull_and_much_is_told(
     guest.offer(1, [guest.put(frame)])  # the first call is always made
     calls: list[int] = []
     loop = ManualLoop()
-    loop.looks_out = False
     device.on_queue_call = calls.append
     device.event_loop = loop
-    for times, payload in ((1, b""), (2, bytes(4000))):
+    for times, payload in ((1, b""), (2, bytes(4000)), (3, bytes(20000))):
         guest.offer(1, [guest.put(frame + payload)])
+        loop.look()
         assert calls == [1] * (times - 1) and len(loop.waiting) == 1
         loop.lull()
-        assert calls == [1] * times and not loop.moved
-    guest.offer(1, [guest.put(frame + bytes(20000))])
-    assert loop.moved == 1
-    loop.lull()
+        assert calls == [1] * times
     calls.clear()
     for _ in range(16):
         link.port.incoming.append((PLAIN, ethernet(bytes(1486))))
         guest.offer(0, writable=[guest.room(1600)], kick=False)
     guest.driver.kick(0)
     device.notify(0)
-    assert loop.moved == 2 and calls == [0]
+    assert calls == [0]
+
+
+def test_a_driver_that_sends_much_at_a_time_kicks_and_is_looked_at_else(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """Who waits for the kick finds more than who looks, and a turn's price is shared."""
+    world = World(memory, link)
+    guest = world.raw(features("CSUM"))
+    loop = ManualLoop()
+    world.device.event_loop = loop
+    ring = world.device.queues[1].ring
+    assert ring is not None
+    for payload, looks in ((b"", True), (bytes(20000), False), (b"", True)):
+        loop.lookouts.clear()
+        ring.disable_kicks()
+        guest.offer(1, [guest.put(PLAIN + FRAME + payload)], kick=False)
+        guest.ring(1).publish()
+        world.device.notify(1)
+        assert bool(loop.lookouts) == looks
+        assert guest.ring(1).should_kick() == (not looks)
 
 
 def test_a_driver_that_was_called_for_what_it_received_has_time_to_look_what_it_sent(
@@ -1308,10 +1323,10 @@ def test_a_driver_that_was_called_for_what_it_received_has_time_to_look_what_it_
     guest = world.raw(features("CSUM"))
     calls: list[int] = []
     loop = ManualLoop()
-    loop.looks_out = False
 
     def exchange() -> None:
         guest.offer(1, [guest.put(PLAIN + FRAME)])
+        loop.look()
         link.port.incoming.append((PLAIN, FRAME))
         guest.offer(0, writable=[guest.room(1600)], kick=False)
         guest.driver.kick(0)
@@ -1329,6 +1344,7 @@ def test_a_driver_that_was_called_for_what_it_received_has_time_to_look_what_it_
     exchange()
     loop.lull()
     guest.offer(1, [guest.put(PLAIN + FRAME)])  # of this it was not told
+    loop.look()
     loop.lull()
     assert calls == [0, 1, 0, 1]
     loop.let_time_pass()

@@ -123,18 +123,14 @@ class Queue:
 class EventLoop(Protocol):
     """What a device asks of the event loop that calls it. See `vq.loop.Loop`."""
 
-    def much_was_moved(self) -> None:
-        """There was much data in this turn, and probably there is more to come."""
-
     def call_in_lull(self, callback: Callable[[], None], /) -> None:
         """Calls back when there is nothing more urgent, which may be now."""
 
     def call_later(self, seconds: float, callback: Callable[[], None], /) -> object:
         """Calls back so many seconds from now."""
 
-    def look_out(self, lookout: QueueLookout, /) -> bool:
-        """Looks at a queue while it is awake, and has it `rest` before it sleeps; false if it will
-        not."""
+    def look_out(self, lookout: QueueLookout, /) -> None:
+        """Looks at a queue while it is awake, and has it `rest` before it sleeps."""
 
 
 class QueueLookout:
@@ -700,14 +696,10 @@ class Device(ABC):
         came meanwhile: then there may be no kick for it. Raises `DriverError` as
         `SplitRing.enable_kicks`.
         """
-        loop = self.event_loop
-        if (
-            loop is not None
-            and not ring.has_left_over  # a look would not see those
-            and loop.look_out(self._lookouts[queue.index])
-        ):
-            return False
-        return ring.enable_kicks()
+        if self.event_loop is None or ring.has_left_over:  # a look would not see those
+            return ring.enable_kicks()
+        self.event_loop.look_out(self._lookouts[queue.index])
+        return False
 
     def want_kicks(self, queue: Queue) -> bool:
         """Has the driver kick a queue that was looked at instead; whether more came meanwhile."""

@@ -13,9 +13,6 @@ Not all that happens need be told by a descriptor. While the loop is awake it ca
 (`look_out`), which costs less than to be told, and only has it told before it sleeps. Likewise what
 can wait is best done when nothing else is to be done (`call_in_lull`), and often need not be done
 at all by then.
-
-In dense traffic, of which callbacks tell (`much_was_moved`), the loop does not wait awake: whoever
-makes it may be waiting for this very processor.
 """
 
 from __future__ import annotations
@@ -40,8 +37,6 @@ Callback = Callable[[], None]
 
 LINGER = 50e-6
 """Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
-_DENSE = 8
-"""Turns for which traffic counts as dense after much was moved in one."""
 _LONGEST_WITHOUT_LULL = 64
 """Turns after which one need not wait for a lull any longer."""
 _LOOKED = -2  # in the place of a descriptor
@@ -161,7 +156,6 @@ class Loop:
         self._stopping = False
         self._last = -1  # the descriptor of the last event, or `_LOOKED`
         self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
-        self._dense = 0  # turns for which traffic still counts as dense
         self._lookouts: list[Lookout] = []
         self._lull: list[Callback] = []
         self._without_lull = 0  # turns since the first of them came
@@ -207,20 +201,10 @@ class Loop:
         """
         self._lull.append(callback)
 
-    def look_out(self, lookout: Lookout) -> bool:
-        """Looks in every turn whether something came, until it did, or until the loop sleeps.
-
-        False where the loop does not: in dense traffic to be told once in a while costs less.
-        """
-        if self._dense:
-            return False
+    def look_out(self, lookout: Lookout) -> None:
+        """Looks in every turn whether something came, until it did, or until the loop sleeps."""
         if lookout not in self._lookouts:
             self._lookouts.append(lookout)
-        return True
-
-    def much_was_moved(self) -> None:
-        """A callback says so: traffic is dense, now and for the next few turns."""
-        self._dense = _DENSE
 
     def call_soon_from_any_thread(self, callback: Callback) -> None:
         """`call_soon` for other threads than the loop's: the loop wakes up for it."""
@@ -282,10 +266,7 @@ class Loop:
 
         Unless it `sleeps` there is something else to do, and this is no time to go to rest.
         """
-        dense = self._dense
-        if dense:
-            self._dense = dense - 1
-        expects = not dense and self._last in self._soon_after
+        expects = self._last in self._soon_after
         alert = self._lookouts or self._lull
         if not alert and not (expects and sleeps) and patience is not None and patience <= LINGER:
             return self._poll(patience, _MOST_EVENTS)

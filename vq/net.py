@@ -83,7 +83,8 @@ BYTES_PER_TURN = 200 << 10
 """Likewise, for what the guest sends: four frames of the longest. Then what their receiver
 acknowledges is brought to the guest, and makes room in its socket while the next are sent."""
 _MUCH = 1 << 14
-"""Bytes in a turn that make traffic dense: more than any frame has that is not segmented later."""
+"""Bytes sent in a turn that are worth a kick: more than any frame has that is not segmented later.
+"""
 _RARP_REQUEST = bytes.fromhex("80350001080006040003")
 _SHORTEST = 60  # an Ethernet frame without its check sequence
 _ETHERNET_AND_VLANS = 14 + 2 * 4
@@ -328,8 +329,6 @@ class NetDevice(Device):
                 self._interrupted.append(queue.index)
             return False
         self._working = True
-        counter = "tx_bytes" if queue.index % 2 else "rx_bytes"
-        bytes_before = self.stats[counter]
         try:
             if queue.index == self._control_index:
                 more = self._control(queue, ring)
@@ -339,8 +338,6 @@ class NetDevice(Device):
                 more = self._receive(queue, ring)
         finally:
             self._working = False
-        if self.event_loop is not None and self.stats[counter] - bytes_before >= _MUCH:
-            self.event_loop.much_was_moved()
         if self._interrupted:
             self._catch_up()
         return more
@@ -560,8 +557,8 @@ class NetDevice(Device):
             return False
         ring.disable_kicks()
         frames = 0
-        enough_bytes = self.stats["tx_bytes"] + BYTES_PER_TURN
-        while frames < FRAMES_PER_TURN and self.stats["tx_bytes"] < enough_bytes:
+        bytes_before = self.stats["tx_bytes"]
+        while frames < FRAMES_PER_TURN and self.stats["tx_bytes"] - bytes_before < BYTES_PER_TURN:
             chains, sent = _NONE_TAKEN
             was_long = False
             waiting = ring.waiting()
@@ -605,7 +602,8 @@ class NetDevice(Device):
             frames += sent + len(chains)
             if sent > 1 or len(chains) >= BURST:
                 continue
-            if not self.rest(queue, ring):
+            much = self.stats["tx_bytes"] - bytes_before >= _MUCH
+            if not (ring.enable_kicks() if much else self.rest(queue, ring)):
                 return False
             ring.disable_kicks()
         return True

@@ -106,7 +106,7 @@ _WORD = 4
 _LONGEST_ANSWER = NET_HDR_SIZE + MAX_FRAME
 _LONG = 1 << 14
 """Bytes of a frame that the host left to be segmented."""
-_FEW_LONG = 3
+_FEW_LONG = 4
 """Of those so many are read at a time: the guest is to begin on them while more are read."""
 _FEW = 8
 """Frames that are asked for where none are known to wait."""
