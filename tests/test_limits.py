@@ -249,6 +249,46 @@ def test_indirect_tables_are_followed_some_at_a_time() -> None:
         assert [len(device.pop_burst(64)) for _ in range(3)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("header", [PLAIN, b"\1" + PLAIN[1:]], ids=["plain", "refused"])
+def test_a_turn_ends_with_a_chain_of_very_many_buffers(header: bytes) -> None:
+    """Also with one that comes alone: a driver that handed out the next one each time the device
+    looked kept it for 256 of them, which took seconds."""
+    size = 32768
+    with GuestMemory.allocate((0, 4 << 20)) as memory:
+        link = ScriptedLink()
+        world = World(memory, link, queue_size=size)
+        guest = world.raw(features("INDIRECT_DESC"), queue_size=size)
+        gpa, _ = guest.put(header + bytes(100))
+        entries = [struct.pack("<QIHH", gpa, 0, DESC_F_NEXT, number + 1) for number in range(size)]
+        entries[0] = struct.pack("<QIHH", gpa, 112, DESC_F_NEXT, 1)
+        entries[-1] = struct.pack("<QIHH", gpa, 0, 0, 0)
+        table, length = guest.put(b"".join(entries))
+        ring = guest.ring(1)
+        real_waiting, offered = SplitRing.waiting, 0
+
+        def offer(device_ring: SplitRing) -> int:
+            """One more each time that the device has none."""
+            nonlocal offered
+            if ring.peek_used_index() == offered < 8:
+                ring.poke_descriptor(offered, table, length, DESC_F_INDIRECT, 0)
+                ring.poke_avail(offered, offered)
+                offered += 1
+                ring.poke_avail_index(offered)
+            return real_waiting(device_ring)
+
+        turns: list[int] = []
+        world.device.on_work_left = turns.append
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SplitRing, "waiting", offer)
+            world.device.notify(1)
+            done = [ring.peek_used_index()]
+            while turns:
+                world.device.notify(turns.pop())
+                done.append(ring.peek_used_index())
+        assert done[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert world.device.stats["tx_frames"] == (8 if header == PLAIN else 0)
+
+
 def test_a_chain_over_many_small_regions_is_refused() -> None:
     """A frontend may lay memory out in 256 regions, and each buffer of a chain lie over them all:
     4 GiB of chain were a million views."""

@@ -465,6 +465,24 @@ def test_a_frame_longer_than_any_is_not_sent_in_place(memory: GuestMemory) -> No
     offer_buffers(guest, [*longest, (block[0], 1)])
     guest.driver.kick(1)
     assert outbox(link).in_place == 2, "the port judges it"
+    assert len(link.port.frames[2]) == MAX_FRAME + 1 and world.device.fault is None
+
+
+@pytest.mark.usefixtures("in_place")
+@pytest.mark.parametrize("size", [0, 1, 13])
+def test_a_frame_without_a_whole_ethernet_header_is_not_sent_in_place(
+    memory: GuestMemory, size: int
+) -> None:
+    """Nor are those behind it, in the same burst: they stay in their order."""
+    link = ScriptedLink()
+    world = World(memory, link)
+    guest = world.raw(WANTED)
+    frames = [TCP4[:14], TCP4[:60], TCP4[:size], TCP4[:70]]
+    for frame in frames:
+        offer(guest, PLAIN + frame, 12)
+    guest.driver.kick(1)
+    assert link.port.frames == frames and outbox(link).in_place == 2
+    assert world.device.fault is None and len(guest.used(1)) == 4
 
 
 @pytest.mark.usefixtures("in_place")

@@ -538,6 +538,28 @@ def test_a_frame_longer_than_all_buffers_together_is_dropped_not_waited_for(
     assert [count for _, count in guest.used(0)] == [100, 100, 100, 28]
 
 
+def test_descriptors_of_empty_buffers_are_not_there_to_make_more_room_with(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """A buffer with an empty one behind it was taken for a usual one once frames came by address,
+    and the other descriptor forgotten: the next frame that did not fit was waited for in vain."""
+    guest = World(memory, link).raw(MRG, queue_size=8)
+    rooms = [guest.room(1600) for _ in range(4)]
+
+    def offer(room: GuestBuffer) -> None:
+        guest.offer(0, (), [room, (room[0], 0)])
+
+    for room in rooms:
+        offer(room)
+    for _ in range(3):
+        link.deliver(FRAME)
+        assert [count for _, count in guest.used(0)] == [len(FRAME) + 12]
+        offer(rooms[0])
+        rooms.append(rooms.pop(0))
+        link.deliver(bytes(7000))
+    assert guest.device.stats["rx_dropped: longer than all receive buffers"] == 3
+
+
 def test_a_driver_with_descriptors_left_is_waited_for_though_its_buffers_have_many_pieces(
     memory: GuestMemory, link: ScriptedLink
 ) -> None:

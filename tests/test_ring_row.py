@@ -201,6 +201,15 @@ def test_a_row_may_fill_its_region_and_no_more(guest: Guest) -> None:
     assert look(row, ring) == 0
 
 
+def test_there_is_no_row_of_empty_buffers(guest: Guest) -> None:
+    """They are alike, too, but chains have none of them, and the kernel is shown none."""
+    fill_singles(guest, flags=0, length=0)
+    guest.offer(0, 1, 2)
+    ring = guest.ring()
+    assert look(Row(ring), ring) == 0
+    assert [chain.readable_size for chain in ring.pop_burst(3)] == [0, 0, 0]
+
+
 def test_what_is_used_of_a_row_is_what_was_looked_at(guest: Guest) -> None:
     """A driver may write to its descriptors at any time."""
     ring = guest.ring()
@@ -212,6 +221,7 @@ def test_what_is_used_of_a_row_is_what_was_looked_at(guest: Guest) -> None:
     guest.memory.write(guest.places[1] + 4, bytes(16))
     assert places(row) == before and row.length == 16
     row.give_back(2)
+    assert len(row) == 0, "what was not given back is left to another look"
     ring.publish()
     assert guest.used() == [(2, 0), (3, 0)]
 

@@ -312,6 +312,21 @@ def test_in_order_a_run_takes_nothing_before_older_chains_are_back(guest: Guest)
     assert guest.used() == [(0, 0), (1, 0), (2, 0)]
 
 
+def test_a_run_adopts_no_chain_that_it_would_give_back_as_another(guest: Guest) -> None:
+    """What is not in its columns would be forgotten: empty buffers, and those of the other kind."""
+    guest.desc(0, BUFFERS, 16, WRITE)
+    guest.desc(1, BUFFERS, 16, WRITE | NEXT, 2)
+    guest.desc(2, BUFFERS, 0, WRITE)
+    table = guest.table(TABLES, (BUFFERS, 16, NEXT, 1), (BUFFERS, 16, WRITE, 0))
+    guest.desc(3, TABLES, table, TABLE)
+    guest.offer(0, 1, 3)
+    ring = guest.ring(INDIRECT)
+    usual, with_empty, of_both = ring.pop_burst(3)
+    run = Run(ring, writable=True)
+    assert not run.adopt([usual, with_empty]) and not run.adopt([usual, of_both])
+    assert run.adopt([usual]) and run.heads.tolist() == [0]
+
+
 # --- chains in indirect tables -------------------------------------------------------------------
 
 TABLES = 0x4000  # where the driver here puts them, 0x100 bytes apart

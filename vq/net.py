@@ -563,11 +563,11 @@ class NetDevice(Device):
             was_long = False
             waiting = ring.waiting()
             if waiting:
-                chains, sent = (
-                    self._send_alone(queue, ring)
-                    if waiting < _WORTH_PLACES
-                    else self._send_at_once(queue, ring, waiting)
-                )
+                if waiting < _WORTH_PLACES:
+                    chains, sent = self._send_alone(queue, ring)
+                    was_long = ring.burst_was_long
+                else:
+                    chains, sent = self._send_at_once(queue, ring, waiting)
                 if not self.holds(queue, ring):
                     return False
                 if sent:
@@ -596,8 +596,9 @@ class NetDevice(Device):
                     raise burst.fault
                 if blocked:
                     return False
-                if burst.left or was_long:
-                    return True  # that was more than a turn's work
+                was_long = was_long or bool(burst.left)
+            if was_long:
+                return True  # that was more than a turn's work
             frames += sent + len(chains)
             if sent > 1 or len(chains) >= BURST:
                 continue

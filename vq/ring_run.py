@@ -131,7 +131,11 @@ class Run:
         if self.heads or not chains or (ring._in_order and list(ring._order) != chains):
             return False
         buffers = [chain.writable if self._flag else chain.readable for chain in chains]
-        if not all(len(views) == 1 for views in buffers) or _BIG_ENDIAN:
+        if _BIG_ENDIAN or not all(len(views) == 1 for views in buffers):
+            return False
+        # What `to_chains` would forget: buffers of the other kind, and descriptors of empty ones.
+        others = [chain.readable if self._flag else chain.writable for chain in chains]
+        if any(others) or any(chain.descriptors != 1 for chain in chains):
             return False
         addresses = [address_of(views[0]) for views in buffers]
         lengths = [len(views[0]) for views in buffers]

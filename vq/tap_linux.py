@@ -342,12 +342,8 @@ class _TapOutbox:
         if not port.active:
             port.dropped["inactive"] += len(counts)
             return len(counts)
-        return self._dealt_with(lambda: self._batches.write_pieces(vectors, counts))
-
-    def _dealt_with(self, write: Callable[[], array[int]]) -> int:
-        """Has frames written, and sees to those that were not."""
         try:
-            results = write()
+            results = self._batches.write_pieces(vectors, counts)
         except OSError:
             return self._forbidden()
         return self._judged(results)
