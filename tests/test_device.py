@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import ClassVar
@@ -13,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manual_loop import ManualLoop
 
-from vq.abi import Feature, Status
+from vq.abi import USED_F_NO_NOTIFY, Feature, Status, needs_event
 from vq.device import LOOK_SECONDS, RING_FEATURES, Device, Queue, Watch, with_needs_met
 from vq.errors import DriverError, UsageError
+from vq.loop import Loop
 from vq.memory import GuestMemory
 from vq.split_ring import Chain, SplitRing
 
@@ -832,6 +835,26 @@ def test_what_came_after_a_driver_was_called_is_none_that_it_looks_for_soon(benc
     assert bench.calls == [0]
 
 
+def test_a_call_waits_as_long_as_it_is_to_whatever_waited_before(bench: Bench) -> None:
+    """The timer of an earlier call, which had been made in haste since, cut it short."""
+    unhurried = Unhurried(bench)
+    device = unhurried.device
+    for head, in_between in ((1, 2), (3, None)):
+        unhurried.use(head)
+        device.queues[0].driver_looks_soon = True
+        unhurried.lull()
+        if in_between is not None:
+            device.haste = True
+            unhurried.use(in_between)
+            device.haste = False
+    assert bench.calls == [0]
+    (_, earlier), (_, later) = unhurried.later
+    earlier()
+    assert bench.calls == [0]
+    later()
+    assert bench.calls == [0, 0]
+
+
 def test_a_driver_that_may_wait_for_room_is_called_in_the_next_lull(bench: Bench) -> None:
     unhurried = Unhurried(bench)
     size = unhurried.device.queues[0].ring.size  # type: ignore[union-attr]
@@ -1149,3 +1172,163 @@ def test_an_impossible_index_is_the_drivers_fault_also_when_the_loop_goes_to_sle
     assert not looking.lookouts[0].rest()
     assert isinstance(looking.device.fault, DriverError)
     assert not looking.lookouts[0].look()
+
+
+class Steps:
+    """Counts what device and loop do, and lets a driver act in between, as one on another processor
+    does."""
+
+    def __init__(self) -> None:
+        self.count = itertools.count()
+        self.acts: dict[int, Callable[[], None]] = {}
+        self.between_turns: dict[int, Callable[[], None]] = {}
+        """What only happens while the loop asks the system, from that step on."""
+
+    def step(self, *, in_turn: bool = True) -> None:
+        now = next(self.count)
+        act = self.acts.pop(now, None)
+        if act is not None:
+            act()
+        if not in_turn:
+            for when in [when for when in self.between_turns if when <= now]:
+                self.between_turns.pop(when)()
+
+
+def watched(steps: Steps) -> type[SplitRing]:
+    """Rings in which every look at guest memory, and every wish, is a step."""
+
+    class Watched(SplitRing):
+        @property
+        def avail_index(self) -> int:
+            steps.step()
+            index = super().avail_index
+            steps.step()
+            return index
+
+        def waiting(self) -> int:
+            steps.step()
+            count = super().waiting()
+            steps.step()
+            return count
+
+        def _store_used_word(self, index: int, value: int) -> None:
+            steps.step()
+            super()._store_used_word(index, value)
+            steps.step()
+
+        def publish(self) -> int:
+            steps.step()
+            return super().publish()
+
+    return Watched
+
+
+class Asleep(Exception):
+    """The loop would sleep, and nothing would wake it."""
+
+
+class OnTheirOwn:
+    """A device, its loop, and a driver that kicks through a pipe when it is asked to."""
+
+    def __init__(self, memory: GuestMemory, features: int) -> None:
+        self.steps = Steps()
+        self.bench = Bench(memory)
+        self.device = self.bench.device
+        self.device.ring_class = watched(self.steps)
+        self.device.haste = False
+        self.device.trouble = self.looks_by_itself
+        self.features = features
+        self.loop = Loop()
+        self.kick_read, self.kick_write = os.pipe()
+        self.loop.watch(self.kick_read, readable=self.kicked)
+        self.device.event_loop = self.loop
+        self.device.on_work_left = lambda index: self.loop.call_soon(
+            lambda: self.device.notify(index)
+        )
+        poll = self.loop._poll
+
+        def watch_sleep(timeout: float | None, most: int) -> list[tuple[int, int]]:
+            self.steps.step(in_turn=False)
+            if timeout == 0:
+                return poll(0, most)
+            ready = poll(0, most)
+            if not ready and timeout is None:
+                raise Asleep
+            return ready
+
+        self.loop._poll = watch_sleep
+
+    def close(self) -> None:
+        self.loop.watch(self.kick_read)
+        self.loop.close()
+        os.close(self.kick_read)
+        os.close(self.kick_write)
+
+    def looks_by_itself(self, step: str) -> None:
+        ring = self.device.queues[0].ring
+        if step == "process" and ring is not None:
+            ring.disable_kicks()
+
+    def kicked(self) -> None:
+        os.read(self.kick_read, 100)
+        self.device.notify(0)
+
+    def add(self) -> None:
+        """The driver makes a buffer available, and kicks if that is wanted."""
+        old = self.bench.offered[0]
+        self.bench.offer(0, old % 4)
+        word = USED + 4 + 8 * 4 if self.features & EVENT_IDX else USED
+        wish = int.from_bytes(self.bench.memory.read(word, 2), "little")
+        if self.features & EVENT_IDX:
+            wanted = needs_event(wish, old + 1, old)
+        else:
+            wanted = not wish & USED_F_NO_NOTIFY
+        if wanted:
+            os.write(self.kick_write, b"x")
+
+    def restart(self) -> None:
+        """The transport stops the ring, and starts it again where it stopped."""
+        ring = self.device.queues[0].ring
+        assert ring is not None
+        position = self.device.stop_queue(0)
+        self.bench.place(0, next_avail=position, next_used=ring.next_used)
+        self.loop.call_soon(lambda: self.device.notify(0))
+
+    def run_until_asleep(self) -> None:
+        for _ in range(100):
+            try:
+                self.loop.run_once()
+            except Asleep:
+                return
+        raise AssertionError("it never sleeps")
+
+
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX], ids=["flags", "event idx"])
+@pytest.mark.parametrize("apart", [None, 0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_buffer_that_comes_at_any_moment_is_used_before_the_loop_sleeps(
+    memory: GuestMemory, features: int, apart: int | None, restarts: bool
+) -> None:
+    when = 0
+    while True:
+        scene = OnTheirOwn(memory, features)
+        try:
+            scene.bench.bring_up(features)
+            scene.steps.count = itertools.count()
+            scene.steps.acts[when] = scene.add
+            if apart is not None:
+                scene.steps.acts[when + 1 + apart] = scene.add
+            if restarts:
+                scene.steps.between_turns[when] = scene.restart
+            scene.add()
+            scene.run_until_asleep()
+            assert len(scene.bench.used(0)) == scene.bench.offered[0], f"step {when}"
+            ring = scene.device.queues[0].ring
+            assert ring is not None and not ring.uncalled, f"step {when}"
+            if when in scene.steps.acts:
+                break
+        finally:
+            scene.close()
+        when += 1
+        assert when < 200
+    assert when > 10

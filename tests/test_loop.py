@@ -317,7 +317,22 @@ def test_what_can_wait_does_not_wait_for_ever(loop: Loop, pipe: tuple[int, int])
             loop.run_once(0)
             if done:
                 break
-        assert done.pop() <= 2 * vq.loop._LONGEST_WITHOUT_LULL
+        assert done.pop() <= 2 * vq.loop._MOST_WITHOUT_LULL
+
+
+def test_what_can_wait_does_not_wait_for_many_long_turns(loop: Loop, clockwork: Clockwork) -> None:
+    """A loop that serves many guests has turns of milliseconds, and a guest whose queue is full
+    waited for a tenth of a second."""
+    done: list[float] = []
+    for _ in range(2):
+        clockwork.events = [(clockwork.now, 5)] * 20
+        asked = clockwork.now
+        loop.call_in_lull(lambda: done.append(clockwork.now))
+        while not done:
+            loop.run_once()
+            clockwork.now += 2e-3
+        assert vq.loop._LONGEST_WITHOUT_LULL <= done.pop() - asked < 8e-3
+        loop.run_once()
 
 
 def test_what_can_wait_may_be_put_off_again(loop: Loop) -> None:
@@ -419,6 +434,54 @@ def test_what_came_just_before_the_rest_is_dealt_with_before_the_loop_sleeps(
     assert len(box.opened) == 1 and clockwork.slept == 0
     loop.run_once()
     assert box.rested == 2 and clockwork.slept > 0
+
+
+@pytest.mark.parametrize("what", ["soon", "later", "look"])
+def test_what_a_lookout_asks_for_when_it_goes_to_rest_is_not_slept_over(
+    loop: Loop, clockwork: Clockwork, what: str
+) -> None:
+    """A driver's fault that shows then makes a device ask for much. The loop had looked before that
+    how long it may sleep."""
+
+    class Asking(Letterbox):
+        def rest(self) -> bool:
+            if what == "soon":
+                loop.call_soon(self.deal)
+            elif what == "look":  # where another one does already
+                if not self.opened:
+                    first.deal()
+                    self.deal()
+            else:
+                loop.call_later(0, self.deal)
+            return False
+
+    first, box = Letterbox(loop, clockwork), Asking(loop, clockwork)
+    clockwork.events = [(FAR, 5)]
+    loop.look_out(first)
+    loop.look_out(box)
+    loop.run_once()
+    assert box.opened and box.opened[0] < FAR and clockwork.slept == 0
+    loop.run_once()
+    assert first.rested == (2 if what == "look" else 1)
+
+
+def test_what_goes_wrong_with_one_lookout_is_not_the_end_of_others(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    boxes = [Letterbox(loop, clockwork) for _ in range(2)]
+    for box in boxes:
+        box.just_now = True
+        loop.look_out(box)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    boxes[0].deal = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_once()
+    boxes[1].letters = [0.0]
+    loop.run_once(0)
+    assert boxes[1].opened
 
 
 def test_a_loop_with_something_else_to_do_does_not_have_its_lookouts_rest(

@@ -664,6 +664,7 @@ def test_what_came_before_a_bad_buffer_is_the_guests(
     guest.driver.kick(0)
     link.deliver(FRAME, FRAME)
     assert guest.used(0) == [(0, 72), (1, 0)]
+    assert world.device.stats["rx_frames"] == 1
     assert_needs_reset(world, "5.1.6.3.1")
 
 
@@ -839,6 +840,24 @@ def test_frames_that_come_one_at_a_time_are_read_into_room_that_was_prepared(
         assert got == many
 
 
+def test_no_room_is_prepared_beyond_buffers_that_are_held_as_chains(
+    memory: GuestMemory, link: ScriptedLink
+) -> None:
+    """They are older: a frame that comes alone is theirs."""
+    with frames_by_address(alone=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vq.net_receive._DETOUR", 64)
+        guest = World(memory, link).raw(MRG)
+        unfinished = NetHeader(flags=HdrFlag.NEEDS_CSUM, csum_start=14, csum_offset=0).pack()
+        for headers in ((PLAIN, PLAIN, unfinished), (PLAIN, PLAIN)):
+            for _ in range(20):
+                guest.offer(0, (), [guest.room(300)], kick=False)
+            guest.driver.kick(0)
+            for header in headers:
+                link.deliver(FRAME, header=header)
+        assert link.port.read_alone == 2
+        assert [head for head, _ in guest.used(0)] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("length", [0, 5, 6, 13, 14])
 def test_a_frame_is_not_judged_by_what_stood_in_its_buffer_before(
@@ -854,6 +873,20 @@ def test_a_frame_is_not_judged_by_what_stood_in_its_buffer_before(
         for frame in (FRAME, FRAME, FRAME[:length]):
             link.deliver(frame)
         assert link.port.read_alone == (2 if prepared else 0)
+        lengths = [written for _, written in guest.used(0)]
+        assert lengths == [12 + len(FRAME)] * 2 + [12 + length] * (length >= 6)
+
+
+@pytest.mark.parametrize("length", [0, 5, 6, 13, 14])
+def test_frames_read_together_are_not_judged_by_what_stood_in_their_buffers_before(
+    memory: GuestMemory, link: ScriptedLink, length: int
+) -> None:
+    """Likewise where all seemed to be for the guest's own address, and no filter was asked."""
+    with frames_by_address():
+        guest = World(memory, link).raw(MRG | features("CTRL_VQ", "CTRL_VLAN"))
+        for _ in range(4):
+            guest.offer(0, (), [guest.put((PLAIN + FRAME).ljust(300))])
+        link.deliver(FRAME, FRAME, FRAME[:length])
         lengths = [written for _, written in guest.used(0)]
         assert lengths == [12 + len(FRAME)] * 2 + [12 + length] * (length >= 6)
 

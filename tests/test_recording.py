@@ -276,15 +276,15 @@ def test_a_wish_that_changes_within_a_turn_is_found_when_it_was(tmp_path: Path) 
     assert_replays(path, OneByOne())
 
 
-def test_no_call_waits_while_a_session_is_recorded(tmp_path: Path) -> None:
-    """It would stand in the recording where nothing caused it."""
+def test_no_call_waits_and_no_loop_looks_while_a_session_is_recorded(tmp_path: Path) -> None:
+    """What they do would stand in the recording where nothing caused it."""
 
     class Unhurried(Shouter):
         def process(self, queue: Queue, ring: SplitRing) -> bool:
             for chain in ring.pop_burst(8):
                 ring.write_used(chain)
             self.publish_without_haste(queue)
-            return False
+            return self.rest(queue, ring)
 
     def use(wired: Wired) -> None:
         wired.driver.probe()
@@ -294,7 +294,7 @@ def test_no_call_waits_while_a_session_is_recorded(tmp_path: Path) -> None:
             ring.add([(wired.driver.allocator.allocate(16), 16)])
             ring.publish()
             wired.transport.notify(0)
-            assert len(ring.collect()) == 1 and not loop.waiting
+            assert len(ring.collect()) == 1 and not loop.waiting and not loop.lookouts
         device.event_loop = None
 
     loop = ManualLoop()

@@ -111,6 +111,8 @@ class Queue:
         `Device.process_disabled` does."""
         self.call = CallWait.NOT
         """Until when a call waits that the driver may still want for what was published."""
+        self.waited_longer = 0
+        """How often a call waited longer; which of those a timer is for."""
         self.driver_looks_soon = False
         """Whether the driver was called for something else since, and is likely to look here, too.
         """
@@ -124,7 +126,7 @@ class EventLoop(Protocol):
     """What a device asks of the event loop that calls it. See `vq.loop.Loop`."""
 
     def call_in_lull(self, callback: Callable[[], None], /) -> None:
-        """Calls back when there is nothing more urgent, which may be now."""
+        """Calls back once there is nothing more urgent, or that has taken long."""
 
     def call_later(self, seconds: float, callback: Callable[[], None], /) -> object:
         """Calls back so many seconds from now."""
@@ -719,13 +721,15 @@ class Device(ABC):
             and ring.uncalled <= ring.size // _MOST_UNCALLED
         ):
             queue.call = CallWait.LONGER
-            self.event_loop.call_later(LOOK_SECONDS, partial(self._call_at_last, queue))
+            queue.waited_longer += 1
+            call = partial(self._call_at_last, queue, queue.waited_longer)
+            self.event_loop.call_later(LOOK_SECONDS, call)
         else:
             self._make_call(queue)
 
-    def _call_at_last(self, queue: Queue) -> None:
-        """The driver had the time to look by itself."""
-        if queue.call is CallWait.LONGER:
+    def _call_at_last(self, queue: Queue, which: int) -> None:
+        """The driver had the time to look by itself, unless another call waits by now."""
+        if queue.call is CallWait.LONGER and queue.waited_longer == which:
             self._make_call(queue)
 
     def _make_call(self, queue: Queue) -> bool:

@@ -37,8 +37,10 @@ Callback = Callable[[], None]
 
 LINGER = 50e-6
 """Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
-_LONGEST_WITHOUT_LULL = 64
+_MOST_WITHOUT_LULL = 64
 """Turns after which one need not wait for a lull any longer."""
+_LONGEST_WITHOUT_LULL = 5e-3
+"""Seconds likewise, where turns take long: a loop may serve many."""
 _LOOKED = -2  # in the place of a descriptor
 _MOST_EVENTS = 64
 """Events taken in one turn; what is left comes in the next, those that waited longest first."""
@@ -158,7 +160,8 @@ class Loop:
         self._soon_after: set[int] = set()  # descriptors after whose last event one came soon
         self._lookouts: list[Lookout] = []
         self._lull: list[Callback] = []
-        self._without_lull = 0  # turns since the first of them came
+        self._without_lull = 0  # turns since the first of them came,
+        self._lull_asked = 0.0  # and when that was
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -197,8 +200,10 @@ class Loop:
     def call_in_lull(self, callback: Callback) -> None:
         """Calls back once nothing is ready, before the loop sleeps: for what can wait.
 
-        That is after some turns at the latest.
+        That is after some turns, or some milliseconds, at the latest.
         """
+        if not self._lull:
+            self._without_lull, self._lull_asked = 0, time.monotonic()
         self._lull.append(callback)
 
     def look_out(self, lookout: Lookout) -> None:
@@ -307,7 +312,10 @@ class Loop:
             if ready or found:
                 if self._lull:
                     self._without_lull += 1
-                    if self._without_lull >= _LONGEST_WITHOUT_LULL:
+                    if (
+                        self._without_lull >= _MOST_WITHOUT_LULL
+                        or time.monotonic() - self._lull_asked >= _LONGEST_WITHOUT_LULL
+                    ):
                         self._end_waiting()
                 return ready, found
             if time.monotonic() - began >= wait:
@@ -315,7 +323,10 @@ class Loop:
 
     def _look(self) -> bool:
         """Whether a lookout found something, which was dealt with then."""
-        finders = [lookout for lookout in self._lookouts if lookout.look()]
+        return self._deal([lookout for lookout in self._lookouts if lookout.look()])
+
+    def _deal(self, finders: list[Lookout]) -> bool:
+        """Has lookouts deal with what they found; whether there are any."""
         for lookout in finders:
             self._lookouts.remove(lookout)  # first: it may be to be looked out for again
             lookout.deal()
@@ -331,15 +342,16 @@ class Loop:
             return True
         if not sleeps:
             return False
+        timers = len(self._timers)
         lookouts, self._lookouts = self._lookouts, []
         finders = [lookout for lookout in lookouts if lookout.rest()]
-        for lookout in finders:
-            lookout.deal()
-        return bool(finders)
+        self._lookouts += [finder for finder in finders if finder not in self._lookouts]
+        # What a device asks for when its driver is found to have broken a rule is not slept over.
+        asked = bool(self._lookouts or self._soon) or len(self._timers) > timers
+        return self._deal(finders) or asked
 
     def _end_waiting(self) -> None:
         """Does what waited for a lull."""
-        self._without_lull = 0
         callbacks, self._lull = self._lull, []
         for callback in callbacks:
             callback()

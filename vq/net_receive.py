@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from vq.abi import NET_HDR_GSO_ECN, NET_HDR_SIZE, HdrFlag, HdrGso
 from vq.errors import DriverError
 from vq.gather import IoVectors
-from vq.lanes import alike, total
+from vq.lanes import alike, all_between, total
 from vq.link import MAX_FRAME, MOST_AT_ONCE, Frame, Places, scatter
 from vq.memory import address_of
 from vq.offload import Offload
@@ -243,9 +243,13 @@ class ReceiveWindow:
         count, size = len(lengths), self.looks_at
         words = starts.cast("H")
         destination = range(NET_HDR_SIZE // 2, NET_HDR_SIZE // 2 + 3)
-        if self._always_wanted and all(
-            words[word :: size // 2] == column[:count]
-            for word, column in zip(destination, self._always_wanted, strict=True)
+        if (
+            self._always_wanted
+            and all_between(lengths, _LOOKED_AT, NET_HDR_SIZE + MAX_FRAME)
+            and all(
+                words[word :: size // 2] == column[:count]
+                for word, column in zip(destination, self._always_wanted, strict=True)
+            )
         ):
             types = words[NET_HDR_SIZE // 2 + 6 :: size // 2]
             if _VLAN not in types.tolist():
