@@ -142,6 +142,11 @@ class _FitfulRequests:
             raise OSError(errno.EPERM, "forbidden since")
         return self._inner.submit(first, min(count, most))
 
+    def submit_alike(self, first: int, count: int, result: int) -> list[int] | None:
+        """See `RequestRing`."""
+        results = self.submit(first, count)
+        return None if list(results) == [result] * count else results
+
 
 class _PlainRoom:
     """A room that is not lent by address."""

@@ -59,6 +59,7 @@ STAGES = {
     "net_receive": "receive window",
     "split_ring": "ring",
     "ring_run": "ring",
+    "ring_row": "ring",
     "lanes": "ring",
     "memory": "ring",
     "abi": "ring",
@@ -70,7 +71,7 @@ STAGES = {
 """Which module's code is which stage; other modules' is "other"."""
 
 _SYSTEM_CALL = re.compile(
-    r"\b_?(readv)\(|\b(writev|read|write|poll)\(|\b_(syscall)\(|\bif (call)\("
+    r"\b_?(readv|pwritev|poll)\(|\b(writev|read|write)\(|\b_(syscall)\(|\bif (call)\("
 )
 """In a line of source: what was called there when the device was seen at it."""
 _BY_LIBRARY = {"syscall": "io_uring", "call": "pwritev"}
