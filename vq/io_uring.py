@@ -18,6 +18,7 @@ import errno
 import os
 import platform
 import struct
+import sys
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ _RESTRICTION = struct.Struct("=HB13x")
 _PERMITTED_REGISTER, _PERMITTED_OPERATION, _PERMITTED_FLAGS, _REQUIRED_FLAGS = 0, 1, 2, 3
 _FIXED_FILE = 1 << 0
 _RWF_NOWAIT = 8
+_LOWER_HALF = int(sys.byteorder == "big")  # of user_data, which is 64 bits wide
 _CURRENT_POSITION = (1 << 64) - 1
 
 
@@ -141,7 +143,7 @@ class RequestRing:
         self._order = self._words[order // 4 : order // 4 + size]
         self._answers = rings[c_first : c_first + _COMPLETION * completions]
         column = self._answers.cast("i")
-        self._who, self._results = column[::4], column[2::4]
+        self._who, self._results = column[_LOWER_HALF::4], column[2::4]
         self._numbers = memoryview(array("I", range(size)))
         self._expected = memoryview(array("i", range(size)))
 
