@@ -232,22 +232,29 @@ class FrameMaker:
         frames, owners = burst.frames, burst.owners
         locked = self.locked_mac is not None
         responders = self._responders
+        as_it_is = not locked and not responders
         for chain in chains:
-            frame = self.plain(chain)
-            if frame is not None:
-                frames.append(frame)
-                owners.append(chain)
-                burst.size += chain.readable_size - NET_HDR_SIZE
-                continue
             pieces = chain.readable
             if chain.writable or not pieces:
                 _misfit(burst, queue, chain)
                 continue
             first = pieces[0]
+            if as_it_is and len(first) > NET_HDR_SIZE and not (first[0] or first[1]):
+                # As `plain` has it, which would cost as much again for each of many.
+                frames.append(
+                    [PLAIN_HEADER, first[NET_HDR_SIZE:]]
+                    if len(pieces) == 1
+                    else [PLAIN_HEADER, first[NET_HDR_SIZE:], *pieces[1:]]
+                )
+                owners.append(chain)
+                burst.size += (
+                    len(first) if len(pieces) == 1 else chain.readable_size
+                ) - NET_HDR_SIZE
+                continue
             # The header is copied before it is looked at: what is checked is what is used.
             if len(first) > NET_HDR_SIZE:
                 header = bytes(first[:NET_HDR_SIZE])
-                frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
+                frame: Frame = [header, first[NET_HDR_SIZE:], *pieces[1:]]
             elif len(first) == NET_HDR_SIZE:
                 header = bytes(first)
                 frame = [header, *pieces[1:]]
