@@ -3,12 +3,21 @@ that none should."""
 
 from __future__ import annotations
 
+import ctypes
 import struct
+import sys
 from collections.abc import Iterable, Sequence
+
+import pytest
 
 from vq.abi import Feature
 from vq.memory import GuestMemory
 from vq.split_ring import SplitRing
+
+needs_vectors = pytest.mark.skipif(
+    sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8,
+    reason="a descriptor has the form of a struct iovec on 64-bit little-endian machines only",
+)
 
 INDIRECT = 1 << Feature.INDIRECT_DESC
 EVENT_IDX = 1 << Feature.EVENT_IDX

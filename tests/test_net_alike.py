@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -20,6 +18,7 @@ from net_world import (
     frames_by_address,
     tcp_header,
 )
+from ring_guest import needs_vectors
 
 from vq.abi import NET_HDR
 from vq.driver import GuestBuffer
@@ -28,10 +27,7 @@ from vq.memory import GuestMemory
 from vq.net_transmit import FrameMaker
 from vq.ring_row import Row
 
-pytestmark = pytest.mark.skipif(
-    sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8,
-    reason="a descriptor has the form of a struct iovec on 64-bit little-endian machines only",
-)
+pytestmark = needs_vectors
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +23,7 @@ from ring_guest import (
     Guest,
     Notes,
     fill_singles,
+    needs_vectors,
 )
 
 from vq import ring_row
@@ -33,10 +32,6 @@ from vq.memory import DirtyLog, GuestMemory, address_of
 from vq.ring_row import Row
 from vq.split_ring import SplitRing
 
-needs_vectors = pytest.mark.skipif(
-    sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8,
-    reason="a descriptor has the form of a struct iovec on 64-bit little-endian machines only",
-)
 pytestmark = needs_vectors
 
 

@@ -621,7 +621,7 @@ class NetDevice(Device):
             return chains, 0
         if self.holds(queue, ring):
             ring.write_used_burst(chains)
-        return _NONE_TAKEN[0], 1
+        return (), 1
 
     def _send_at_once(
         self, queue: Queue, ring: SplitRing, waiting: int
@@ -754,9 +754,8 @@ class NetDevice(Device):
         self, queue: Queue, ring: SplitRing, window: ReceiveWindow, pace: Pace
     ) -> bool:
         """Moves waiting frames into the window; whether there may be more of them."""
-        ports = self.link.ports
-        index = queue.index // 2 % len(ports)
-        port = ports[index]
+        index = self._port_index(queue)
+        port = self.link.ports[index]
         # Where few come at a time there is no look for one more: an event loop, if there is one,
         # looks anyhow, and to find nothing takes nearly as long as a frame.
         polled = port.none_waits_inside and self.on_work_left is not None
@@ -794,11 +793,8 @@ class NetDevice(Device):
         Only pairs that the driver has activated count (virtio 1.3, 5.1.6.5.6).
         """
         pair = queue.index // 2
-        return (
-            pair < len(self.link.ports)
-            and pair not in self._broken
-            and (pair < self._active_pairs or self._control_hidden)
-        )
+        has_port = pair < len(self.link.ports) and pair not in self._broken
+        return has_port and self._pair_is_active(pair)
 
     def _pair_is_active(self, pair: int) -> bool:
         return pair < self._active_pairs or self._control_hidden
