@@ -186,6 +186,29 @@ def test_rows_are_found_in_any_region_again_and_again(guest: Guest) -> None:
         ring.pop_burst(8)
 
 
+def test_the_same_row_of_another_guest_is_in_its_own_memory(guest: Guest) -> None:
+    """What is remembered of a row holds for one region: here are the same bytes as descriptors, but
+    regions at another place, with less room, and with another start."""
+    guest.desc(0, THIRD, 16)
+    guest.desc(1, THIRD + 0xFFF0, 16)
+    guest.offer(0, 1)
+    ring = guest.ring()
+    assert look(Row(ring), ring) == 2
+    for region, most in (((THIRD, 0x10000), 2), ((THIRD, 0xF000), 0), ((THIRD + 16, 0xFFF0), 0)):
+        with GuestMemory.allocate((0, 0x10000), region) as memory:
+            other = Guest(memory)
+            other.desc(0, THIRD, 16)
+            other.desc(1, THIRD + 0xFFF0, 16)
+            other.offer(0, 1)
+            ring = other.ring()
+            row = Row(ring)
+            assert look(row, ring) == most
+            if most:
+                base = memory.hvaddr(THIRD)
+                assert base != guest.memory.hvaddr(THIRD)
+                assert places(row) == [(base, 16), (base + 0xFFF0, 16)]
+
+
 def test_a_row_may_fill_its_region_and_no_more(guest: Guest) -> None:
     ring = guest.ring()
     row = Row(ring)

@@ -87,7 +87,7 @@ class Row:
         if ring._outstanding[first:end].count(None) != count:
             return 0
         self.length = int.from_bytes(copy[8:12], "little")
-        vectors = self._vectors(copy, count)
+        vectors = self._vectors(copy)
         if not vectors:
             return 0
         self.vectors, self._first, self.count = vectors, first, count
@@ -105,11 +105,10 @@ class Row:
         taken = slice(self._first, self._first + count)
         ring._write_unwritten(ring._heads[taken], ring._elements_in_turn[taken])
 
-    def _vectors(self, copy: bytes, count: int) -> bytes:
+    def _vectors(self, copy: bytes) -> bytes:
         """The vectors for descriptors of which the first is of the right kind; none unless all are,
         and all their buffers in one region."""
-        column = _DESCRIPTORS.column(copy)
-        if vectors := self._vectors_in_region(column, count):
+        if vectors := _vectors_in_region(copy, *self._region):
             return vectors
         first = int.from_bytes(copy[:8], "little")
         start, room, _ = self._region
@@ -119,23 +118,30 @@ class Row:
             self._set_region(self._ring._window_at(first))
         except AddressError:
             return b""
-        return self._vectors_in_region(column, count)
-
-    def _vectors_in_region(self, column: int, count: int) -> bytes:
-        start, room, _ = self._region
-        expected = _expected(count, self.length, start, room, self._base)
-        if expected is None:
-            return b""
-        lowest, outside, slack, beyond, vectors, all_but_next = expected
-        # The first lane that is less than it should be takes from its own upper bits, which shows.
-        column -= lowest
-        if column & outside or column + slack & beyond:
-            return b""
-        return (column + vectors & all_but_next).to_bytes(_SIZE * count, "little")
+        return _vectors_in_region(copy, *self._region)
 
     def _set_region(self, region: tuple[int, int, memoryview]) -> None:
-        self._region = region
-        self._base = address_of(region[2])  # host-virtual, of its first byte
+        start, room, view = region
+        self._region = start, room, address_of(view)
+
+
+@lru_cache(maxsize=1024)
+def _vectors_in_region(copy: bytes, start: int, room: int, base: int) -> bytes:
+    """The vectors for a copy of descriptors, if all are like the first and their buffers lie in the
+    region of `room` bytes at `start`, whose first byte is at `base`; else none.
+
+    Remembered, since drivers that poll have few buffers and offer the same rows of them again.
+    """
+    count, length = len(copy) // _SIZE, int.from_bytes(copy[8:12], "little")
+    expected = _expected(count, length, start, room, base)
+    if expected is None:
+        return b""
+    lowest, outside, slack, beyond, vectors, all_but_next = expected
+    # The first lane that is less than it should be takes from its own upper bits, which shows.
+    column = _DESCRIPTORS.column(copy) - lowest
+    if column & outside or column + slack & beyond:
+        return b""
+    return (column + vectors & all_but_next).to_bytes(_SIZE * count, "little")
 
 
 @lru_cache(maxsize=64)
