@@ -287,6 +287,15 @@ def test_markdown_is_a_table_with_numbers_flush_right(capsys: pytest.CaptureFixt
     ]
 
 
+@pytest.mark.parametrize(
+    ("distances", "words"),
+    [([], "(x)"), ([410.2], "(x, 410 ns apart)"), ([410.2, 87.6], "(x, 88 to 410 ns apart)")],
+)
+def test_a_title_says_how_far_apart_the_processors_were(distances: list[float], words: str) -> None:
+    report = {**REPORT, "distance_ns": distances}
+    assert f" {words}," in describe_figures("Speeds", FIGURES, report).title
+
+
 def test_json_and_markdown_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "ring", "--json", "--markdown"])

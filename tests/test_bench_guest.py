@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import socket
 import subprocess
 import time
@@ -18,7 +19,16 @@ import pytest
 
 from vq.abi import DeviceId
 from vq.bench import contestants, guest, testpmd
-from vq.bench.contestants import C, ServedTap, compile_peer, run_traffic, tap_namespace
+from vq.bench.contestants import (
+    C,
+    ServedTap,
+    compare,
+    compile_program,
+    distance,
+    pinned,
+    run_traffic,
+    tap_namespace,
+)
 from vq.bench.measure import positive_number
 from vq.bench.report import VQ, Figure, summary
 from vq.cli import main
@@ -35,25 +45,60 @@ from vq.testing.requirements import (
 HOST, GUEST = "198.18.68.1", "198.18.68.2"
 
 
-# --- the C program -------------------------------------------------------------------------------
+# --- the C programs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ["-O0", "-O2"])
-def test_the_c_program_compiles_without_a_warning(level: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "standard"), [("peer", "c99"), ("distance", "c11")])
+def test_a_c_program_compiles_without_a_warning(
+    name: str, standard: str, level: str, tmp_path: Path
+) -> None:
     compiler = need_program("cc", package="gcc")
-    source = resources.files("vq.bench") / "peer.c"
+    source = resources.files("vq.bench") / f"{name}.c"
     with resources.as_file(source) as path:
-        command = [compiler, "-std=c99", level, "-Wall", "-Wextra", "-Werror"]
-        subprocess.run([*command, "-o", tmp_path / "peer", path], check=True, timeout=60)
+        command = [compiler, f"-std={standard}", level, "-Wall", "-Wextra", "-Werror", "-pthread"]
+        subprocess.run([*command, "-o", tmp_path / name, path], check=True, timeout=60)
 
 
-def test_the_c_program_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distance_is_a_cache_lines_way_there_and_back() -> None:
+    need_program("cc", package="gcc")
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        assert distance() is None
+        pytest.skip("needs two processors")
+    apart = distance()
+    assert apart is not None and 5 < apart < 1e6  # no faster than a core's own cache
+    program = compile_program("distance")
+    assert program is not None
+    argv = [program, str(usable[0]), str(max(usable) + 4000)]
+    refused = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
+    assert refused.returncode == 1 and "no processor" in refused.stderr
+
+
+def test_there_is_no_distance_without_a_compiler_or_a_second_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pinned({min(os.sched_getaffinity(0))}):
+        assert distance() is None
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert distance() is None
+
+
+def test_a_report_has_the_distance_before_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's host may move its processors at any time."""
+    found = iter((90.4, None, 410.0))
+    monkeypatch.setattr(contestants, "distance", lambda: next(found))
+    report = compare((), {VQ: ()}, 3, lambda *_: {}, keep_awake=False)
+    assert report["distance_ns"] == [90.4, 410.0]
+
+
+def test_a_c_program_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_program("cc", package="gcc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = compile_peer()
+    first = compile_program("peer")
     assert first is not None and first.is_relative_to(tmp_path)
     made = first.stat().st_mtime_ns
-    assert compile_peer() == first and first.stat().st_mtime_ns == made
+    assert compile_program("peer") == first and first.stat().st_mtime_ns == made
     assert [path.name for path in first.parent.iterdir()] == [first.name]
 
 
@@ -76,7 +121,7 @@ def namespace() -> Iterator[Namespace]:
 @pytest.fixture
 def served(namespace: Namespace) -> Iterator[ServedTap]:
     need_program("cc", package="gcc")
-    peer = compile_peer()
+    peer = compile_program("peer")
     assert peer is not None
     with ServedTap(namespace, C, [str(peer)], lifetime=90) as device:
         yield device

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ __all__ = [
     "available",
     "awake",
     "compare",
-    "compile_peer",
+    "compile_program",
+    "distance",
     "pinned",
     "run_traffic",
     "tap_namespace",
@@ -72,33 +73,34 @@ while True:
 # --- who takes part ------------------------------------------------------------------------------
 
 
-def compile_peer() -> Path | None:
-    """The C program, from the cache where it was compiled before; None without a C compiler.
+def compile_program(name: str) -> Path | None:
+    """One of the bench's C programs, from the cache where it was compiled before; None without a C
+    compiler.
 
     Raises `VqError` when the compiler does not take it.
     """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         return None
-    source = (resources.files("vq.bench") / "peer.c").read_bytes()
+    source = (resources.files("vq.bench") / f"{name}.c").read_bytes()
     key = hashlib.sha256(compiler.encode() + b"\0" + source).hexdigest()[:16]
-    program = cache_directory() / f"bench-peer-{key}"
+    program = cache_directory() / f"bench-{name}-{key}"
     if not program.exists():
         with tempfile.TemporaryDirectory(dir=program.parent) as directory:
-            path = Path(directory, "peer.c")
+            path = Path(directory, f"{name}.c")
             path.write_bytes(source)
-            command = [compiler, "-O2", "-o", f"{directory}/peer", str(path)]
+            command = [compiler, "-O2", "-pthread", "-o", f"{directory}/{name}", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             if done.returncode:
-                raise VqError(f"the C program does not compile: {done.stderr.strip()[-500:]}")
-            os.replace(f"{directory}/peer", program)
+                raise VqError(f"{name}.c does not compile: {done.stderr.strip()[-500:]}")
+            os.replace(f"{directory}/{name}", program)
     return program
 
 
 def available() -> dict[str, Sequence[str]]:
     """The contestants on this machine, by name: the start of each one's command line."""
     contestants: dict[str, Sequence[str]] = {VQ: [sys.executable, "-m", "vq", "serve", "net"]}
-    peer = compile_peer()
+    peer = compile_program("peer")
     if peer is None:
         print("vq bench: no C compiler here, so vq runs without the C program", file=sys.stderr)
     else:
@@ -234,6 +236,22 @@ def two_processors() -> tuple[set[int], set[int]]:
     return {usable[-1]}, set(usable[:-1])
 
 
+def distance() -> float | None:
+    """Nanoseconds that a cache line takes from the guest's processor to another one and back.
+
+    None where there is no such pair, or no compiler for what measures it (`distance.c`).
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    program = compile_program("distance")
+    if program is None or len(usable) < 2:
+        return None
+    argv = [str(program), str(usable[-1]), str(usable[0])]
+    with suppress(subprocess.SubprocessError):  # the system took a processor away meanwhile
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
+        return float(done.stdout)
+    return None
+
+
 # --- how they are compared ------------------------------------------------------------------------
 
 
@@ -248,19 +266,25 @@ def compare(
 ) -> dict[str, Any]:
     """Has `sample` measure each contestant, by name and command line, in turn, `rounds` times.
 
-    Returns what a report has of it: where it was, `contestants`, and a `summary` as `figures`.
+    Returns what a report has of it: where it was, how far apart the processors were before each
+    round, `contestants`, and a `summary` as `figures`.
     """
+    distances: list[float] = []
     samples: dict[str, list[Mapping[str, float]]] = {name: [] for name in contestants}
     with (
         awake() if keep_awake else nullcontext(),
         Progress(rounds * len(contestants)) as progress,
     ):
         for number in range(rounds):
+            apart = distance()
+            if apart is not None:
+                distances.append(apart)
             for name, command in contestants.items():
                 progress.step(f"{name}, {called} {number + 1}")
                 samples[name].append(sample(name, command))
     return {
         **host_facts(),
+        "distance_ns": distances,
         f"{called}s": rounds,
         "contestants": list(contestants),
         "figures": summary(figures, samples),

@@ -155,8 +155,19 @@ def _print_markdown(description: Description, file: TextIO) -> None:
 def machine(report: Mapping[str, Any]) -> str:
     """Where a report comes from, in words."""
     return (
-        f"Python {report['python']} on {report['machine']} ({report['processor']}),"
+        f"Python {report['python']} on {report['machine']} ({report['processor']}{_apart(report)}),"
         f" {report['system']} {report['kernel']}, {report['date']}"
+    )
+
+
+def _apart(report: Mapping[str, Any]) -> str:
+    """How far apart the processors were, if that was measured."""
+    distances: Sequence[float] = report.get("distance_ns", ())
+    if not distances:
+        return ""
+    least, most = min(distances), max(distances)
+    return (
+        f", {least:.0f}" + (f" to {most:.0f}" if round(most) > round(least) else "") + " ns apart"
     )
 
 
