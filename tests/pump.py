@@ -37,7 +37,8 @@ from vq.net import NetDevice
 from vq.net_driver import NET_DRIVER_FEATURES, NetDriver, NetHeader
 from vq.offload import ALL, Offload, host_offloads
 from vq.software import finish
-from vq.tap_linux import LinuxTap, LinuxTapPort
+from vq.tap_linux import LinuxTap
+from vq.tap_linux_port import LinuxTapPort
 from vq.testing.requirements import need_namespaces, need_program, need_tap
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from vq.net_driver import NetDriver
 from vq.pcap import read_frames
 from vq.pcap_link import CaptureLink, PcapLink
 from vq.stream import StreamLink
-from vq.tap_linux import LinuxTapPort
+from vq.tap_linux_port import LinuxTapPort
 from vq.vhost_user import Server, unwatch_device, watch_device
 
 SHORT_CONNECTIONS = int(os.environ.get("VQ_SHORT_CONNECTIONS", "1500"))
@@ -200,7 +200,7 @@ def test_a_kernel_short_of_memory_does_not_end_a_tap(
     for index in range(5):
         kernel.send(PLAIN + numbered(index))
     refusing = Refusing(os.readv, number, random.Random(4))
-    monkeypatch.setattr("vq.tap_linux.os.readv", refusing)
+    monkeypatch.setattr("vq.tap_linux_port.os.readv", refusing)
     room = OneRoom()
     for _ in range(200):
         port.read_burst(room, 64)

@@ -42,7 +42,7 @@ LAYERS = (
     ("mmio", "pci_function"),
     ("pci",),
     ("net_receive", "net_transmit", "net_control", "guest_stack", "loop", "vhost_message", "model"),
-    ("sandbox", "vring"),
+    ("sandbox", "vring", "tap_linux_port"),
     ("stream", "pcap_link", "tap_linux", "tap_bsd", "vhost_channel", "queue_process"),
     ("net", "tap", "vhost_processes", "devices", "privsep"),
     ("vhost_backend",),

@@ -218,6 +218,20 @@ def test_events_that_come_soon_find_the_loop_awake(loop: Loop, clockwork: Clockw
     assert clockwork.slept <= 3 * NEAR
 
 
+def test_a_loop_that_does_not_linger_sleeps_at_once(loop: Loop, clockwork: Clockwork) -> None:
+    loop.linger = 0
+    run_events(loop, clockwork, [(NEAR * number, 5 + number % 2) for number in range(40)])
+    assert clockwork.looked == 0
+
+
+def test_what_counts_as_soon_is_as_long_as_the_loop_lingers(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    loop.linger = 2 * FAR
+    run_events(loop, clockwork, [(FAR * number, 5) for number in range(40)])
+    assert clockwork.slept <= 3 * FAR
+
+
 def test_events_far_apart_cost_no_time_of_looking(loop: Loop, clockwork: Clockwork) -> None:
     run_events(loop, clockwork, [(FAR * number, 5) for number in range(40)])
     assert clockwork.looked == 0

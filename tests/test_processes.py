@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 
+import psutil
 import pytest
 from apart_world import GUEST_MAC, SocketLink, SocketPort, World, frame_of, is_gone
 from net_frames import UDP, make_frame, make_payload
@@ -22,6 +23,7 @@ from vq.abi import CtrlRx, HdrFlag, NetFeature, Status
 from vq.dhcp import LocalDhcp
 from vq.errors import DriverError, VqError
 from vq.link import Frame
+from vq.loop import Loop
 from vq.memory import Region
 from vq.net_driver import PLAIN_HEADER, NetDriver, NetHeader
 from vq.offload import Offload
@@ -72,6 +74,27 @@ def test_frames_pass_through_the_other_processes_in_their_order(
     assert (stats["tx_frames"], stats["rx_frames"]) == (300 * pairs, 30 * pairs)
     assert stats["tx_bytes"] == 64 * 300 * pairs
     assert all(map(is_gone, pids))
+
+
+@pytest.mark.parametrize("linger", [0.0, 0.5])
+def test_the_other_processes_lie_awake_for_as_long_as_this_one(
+    stack: ExitStack, linger: float
+) -> None:
+    world = World(stack, loop=Loop(linger=linger))
+    (pid,) = world.lend()
+    process = psutil.Process(pid)
+
+    def exchange(count: int) -> None:
+        for number in range(count):
+            world.send(number, pair=1)
+            world.wait_sent(number, pair=1)
+            time.sleep(0.01)
+
+    exchange(5)
+    before = process.num_ctx_switches().voluntary
+    exchange(20)
+    slept = process.num_ctx_switches().voluntary - before
+    assert slept < 10 if linger else slept >= 20
 
 
 # --- what brings queues home ---------------------------------------------------------------------

@@ -526,7 +526,7 @@ def test_every_call_that_a_module_lists_has_a_number() -> None:
         name: getattr(importlib.import_module(name), "SYSTEM_CALLS", None) for name in modules()
     }
     with_list = {name for name, calls in lists.items() if calls}
-    assert {"vq.loop", "vq.memory", "vq.tap_linux", "vq.vhost_user"} <= with_list
+    assert {"vq.loop", "vq.memory", "vq.tap_linux_port", "vq.vhost_user"} <= with_list
     for name, calls in lists.items():
         assert set(calls or ()) <= known, name
     assert {*linux.REFUSED, *linux.CONDITIONS, *linux.UNKNOWN} <= known

@@ -244,6 +244,25 @@ def test_the_guest_sees_what_the_options_say(serve: Serve, plug: Plug) -> None:
     assert " CSUM" not in served.stop()
 
 
+@pytest.mark.parametrize(("microseconds", "sleeps"), [(0, True), (500_000, False)])
+def test_it_lies_awake_for_as_long_as_it_is_told_to(
+    microseconds: int, sleeps: bool, serve: Serve, plug: Plug
+) -> None:
+    """Who waits gives its processor away by its own will, and the kernel counts that."""
+    served = serve(f"--busy-poll={microseconds}")
+    guest = plug(served.paths[0])
+    for _ in range(5):  # it learns that more comes soon
+        guest.echo(1)
+        time.sleep(0.01)
+    before = served.worker.num_ctx_switches().voluntary
+    for _ in range(20):
+        guest.echo(1)
+        time.sleep(0.01)
+    slept = served.worker.num_ctx_switches().voluntary - before
+    assert slept >= 20 if sleeps else slept < 10
+    served.stop()
+
+
 def test_a_locked_mac_is_the_only_one_that_may_send(serve: Serve, plug: Plug) -> None:
     guest = plug(serve("--lock-mac").paths[0])
     guest.send(frame_of(1, source=b"\2\0\0\0\0\1"), frame_of(2))

@@ -25,17 +25,19 @@ from typing import TypeVar
 
 import pytest
 
-from vq import tap_linux
+from vq import tap_linux, tap_linux_port
 from vq.abi import NET_HDR, HdrFlag, HdrGso
 from vq.errors import UsageError
 from vq.gather import IoVectors
+from vq.io_uring import RequestRing
 from vq.link import MAX_FRAME, MOST_AT_ONCE, MOST_PIECES, START_ROOM, Frame, Outbox, Places, Port
 from vq.netlink import interface_in
 from vq.offload import ALL, Offload, legal_tun_flags
 from vq.sandbox import capabilities
 from vq.sandbox.libc import Libc
 from vq.tap import open_tap
-from vq.tap_linux import LinuxTap, LinuxTapPort
+from vq.tap_linux import LinuxTap
+from vq.tap_linux_port import LinuxTapPort
 from vq.testing.requirements import unmet
 
 T = TypeVar("T")
@@ -1166,7 +1168,7 @@ def test_what_a_full_tap_did_not_take_of_a_burst_is_left_with_the_caller(
     """But nothing is sent behind a frame that came after it."""
     outbox = outbox_of(tap)
     for name in ("submit", "submit_alike"):
-        monkeypatch.setattr(tap_linux.RequestRing, name, lambda *_: array("i", answers))
+        monkeypatch.setattr(RequestRing, name, lambda *_: array("i", answers))
     if way == "in place":
         assert send_in_place(outbox, [[PLAIN, bytes(14)]] * 4) == dealt_with
     elif way == "alike":
@@ -1363,7 +1365,7 @@ def test_where_io_uring_is_forbidden_later_on_frames_in_pieces_are_left_with_the
         raise PermissionError(errno.EPERM, "io_uring: not permitted")
 
     outbox, port = outbox_of(tap), tap.ports[0]
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
+    monkeypatch.setattr(RequestRing, "submit", forbidden)
     assert send_in_place(outbox, [[PLAIN, bytes(14), bytes(60)]] * 3) == 0
     assert port.outbox is None and not port.dropped
 
@@ -1488,7 +1490,7 @@ def test_a_frame_that_comes_after_there_had_been_none_moves_up(
             place[12:] = bytes([number]) * 88
         return array("i", [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4])
 
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
+    monkeypatch.setattr(RequestRing, "submit", submit)
     tap.ports[0].longest = 80
     assert tap.ports[0].read_burst(room, 8) == 3
     assert [frame[12:] for frame in room.frames] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
@@ -1505,8 +1507,8 @@ def test_where_io_uring_is_forbidden_later_on_frames_go_one_by_one_from_then_on(
         raise PermissionError(errno.EPERM, "io_uring: not permitted")
 
     outbox, port = outbox_of(tap), tap.ports[0]
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", forbidden)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit_alike", forbidden)
+    monkeypatch.setattr(RequestRing, "submit", forbidden)
+    monkeypatch.setattr(RequestRing, "submit_alike", forbidden)
     frames = [PLAIN + bytes(60)] * 3
     if alike:
         assert outbox.send_alike(*take_alike(outbox, frames)) == 0
@@ -1560,9 +1562,9 @@ def after_short_ones(namespace: str, tap: LinuxTap) -> tuple[LinuxTapPort, Spill
     port, room = tap.ports[0], SpillingRoom()
     assert port.longest > 65536
     with udp_socket(namespace) as sender:
-        for _ in range(tap_linux._MANY_SHORT):
+        for _ in range(tap_linux_port._MANY_SHORT):
             sender.sendto(b"short", (OURS, 7000))
-    receive(port, room, lambda: len(room.order) == tap_linux._MANY_SHORT)
+    receive(port, room, lambda: len(room.order) == tap_linux_port._MANY_SHORT)
     assert not room.lengths, "one at a time so far"
     room.order.clear()
     return port, room
@@ -1627,7 +1629,7 @@ def test_frames_that_come_after_there_had_been_none_keep_their_order_when_spilli
             place[12:] = bytes([number]) * 188
         return array("i", [72, -errno.EAGAIN, 73, 74, *[-errno.EAGAIN] * 4])
 
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", submit)
+    monkeypatch.setattr(RequestRing, "submit", submit)
     assert port.read_burst(room, 8) == 3
     assert [frame[12:] for frame in room.order] == [b"\0" * 60, b"\2" * 61, b"\3" * 62]
     assert room.lengths == [72]
@@ -1639,10 +1641,10 @@ def test_errors_that_pass_end_a_burst_that_spills(
     namespace: str, tap: LinuxTap, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, room = after_short_ones(namespace, tap)
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [72] + [-error] * 7))
+    monkeypatch.setattr(RequestRing, "submit", lambda *_: array("i", [72] + [-error] * 7))
     assert port.read_burst(room, 8) == 1
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: array("i", [-errno.EBADFD] * 8))
-    port._short_ones = tap_linux._MANY_SHORT
+    monkeypatch.setattr(RequestRing, "submit", lambda *_: array("i", [-errno.EBADFD] * 8))
+    port._short_ones = tap_linux_port._MANY_SHORT
     with pytest.raises(OSError, match="the tap is gone"):
         port.read_burst(room, 8)
 
@@ -1653,17 +1655,17 @@ def test_a_frame_that_may_have_been_cut_by_its_spill_is_dropped(
 ) -> None:
     """Somebody raised gso_max_size: from then on frames are read one by one, with enough room."""
     port, room = after_short_ones(namespace, tap)
-    longest = tap_linux._LONGEST_SEGMENTED
+    longest = tap_linux_port._LONGEST_SEGMENTED
     answers = array("i", [72, 12 + longest, 72, 72, *[-errno.EAGAIN] * 4])
-    monkeypatch.setattr(tap_linux.RequestRing, "submit", lambda *_: answers)
+    monkeypatch.setattr(RequestRing, "submit", lambda *_: answers)
     assert port.read_burst(room, 8) == 4
     assert list(map(len, room.order)) == [72, 12 + longest, 72, 72]
-    port._short_ones = tap_linux._MANY_SHORT
+    port._short_ones = tap_linux_port._MANY_SHORT
     answers[1] += 1
     answers[4] = 72
     assert port.read_burst(room, 8) == 4
     assert port.dropped == {"too long": 1}
-    assert port._short_ones == tap_linux._MANY_SHORT
+    assert port._short_ones == tap_linux_port._MANY_SHORT
     monkeypatch.undo()
     with udp_socket(namespace) as sender:
         sender.sendto(b"short", (OURS, 7000))
@@ -1690,13 +1692,13 @@ def test_where_few_come_at_a_time_they_are_read_one_by_one(namespace: str, tap: 
     """To ask for eight and get one takes half as long again as to read one."""
     port, room = after_short_ones(namespace, tap)
     assert port.read_burst(room, 64) == 0
-    assert port._short_ones == tap_linux._MANY_SHORT, "that none came says nothing"
+    assert port._short_ones == tap_linux_port._MANY_SHORT, "that none came says nothing"
     with udp_socket(namespace) as sender:
         for number in range(40):
             sender.sendto(b"short", (OURS, 7000))
             receive(port, room, lambda: len(room.order) == number + 1)  # noqa: B023
     assert len(room.lengths) == 3, "tried again after sixteen"
-    port._short_ones = tap_linux._MANY_SHORT
+    port._short_ones = tap_linux_port._MANY_SHORT
     with udp_socket(namespace) as sender:
         sender.sendto(bytes(1400), (OURS, 7000))
         receive(port, room, lambda: len(room.order) == 41)
@@ -1710,10 +1712,10 @@ def test_a_long_frame_that_comes_alone_has_the_next_ones_read_alone(
     port, room = after_short_ones(namespace, tap)
     port._short_ones = 0
     with udp_socket(namespace) as sender:
-        for number in range(2 * tap_linux._MANY_SHORT):
-            if number == tap_linux._MANY_SHORT - 1:
+        for number in range(2 * tap_linux_port._MANY_SHORT):
+            if number == tap_linux_port._MANY_SHORT - 1:
                 tap.set_mtu(3000)
-            size = 2000 if number == tap_linux._MANY_SHORT - 1 else 20
+            size = 2000 if number == tap_linux_port._MANY_SHORT - 1 else 20
             sender.sendto(bytes(size), (OURS, 7000))
             receive(port, room, lambda: len(room.order) == number + 1)  # noqa: B023
     assert not room.lengths
@@ -1774,7 +1776,7 @@ def test_a_frame_is_read_into_places_one_behind_another(namespace: str, tap: Lin
     assert [len(frame) - 54 for frame in room.got] == [10, 700, 958, 20]
     assert room.got[1][54:] == b"\xbc" * 700
     assert port.dropped == {"too long": 1} and port.longest == 3022
-    assert port._longest_usual == tap_linux._LONGEST_SEGMENTED, "that is about segments"
+    assert port._longest_usual == tap_linux_port._LONGEST_SEGMENTED, "that is about segments"
 
 
 class RoomForOne(VectorRoom):
@@ -1842,7 +1844,7 @@ def test_where_io_uring_is_forbidden_frames_go_one_by_one(
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EPERM, "io_uring: not permitted")
 
-    monkeypatch.setattr(tap_linux, "RequestRing", forbidden)
+    monkeypatch.setattr(tap_linux_port, "RequestRing", forbidden)
     with closing(LinuxTap("tl%d", namespace=namespace)) as tap:
         configure(namespace, tap)
         assert tap.ports[0].outbox is None

@@ -36,7 +36,8 @@ Callback = Callable[[], None]
 
 
 LINGER = 50e-6
-"""Seconds for which a loop looks for an expected event before it sleeps; what counts as soon."""
+"""Seconds for which a loop looks for an expected event before it sleeps, unless somebody says
+otherwise; and what counts as soon."""
 _MOST_WITHOUT_LULL = 64
 """Turns after which one need not wait for a lull any longer."""
 _LONGEST_WITHOUT_LULL = 5e-3
@@ -144,9 +145,14 @@ _POLLER: type[_Poller] = _Epoll if _epoll is not None else _Selector
 
 
 class Loop:
-    """Runs callbacks. Whatever a callback raises comes out of `run` or `run_once`."""
+    """Runs callbacks. Whatever a callback raises comes out of `run` or `run_once`.
 
-    def __init__(self) -> None:
+    `linger` is how many seconds it looks for an event that is likely to come soon before it sleeps;
+    with 0 it sleeps at once.
+    """
+
+    def __init__(self, *, linger: float = LINGER) -> None:
+        self.linger = linger
         self._poller = _POLLER()
         self._poll = self._poller.poll
         self._readable, self._writable = self._poller.readable, self._poller.writable
@@ -273,13 +279,18 @@ class Loop:
         """
         expects = self._last in self._soon_after
         alert = self._lookouts or self._lull
-        if not alert and not (expects and sleeps) and patience is not None and patience <= LINGER:
+        if (
+            not alert
+            and not (expects and sleeps)
+            and patience is not None
+            and patience <= self.linger
+        ):
             return self._poll(patience, _MOST_EVENTS)
         began = time.monotonic()
         if alert or expects:
             wait = 0.0
             if expects and sleeps:
-                wait = LINGER if patience is None else min(patience, LINGER)
+                wait = self.linger if patience is None else min(patience, self.linger)
             ready, found = self._look_around(began, wait)
             if ready or found:
                 self._soon_after.add(self._last)
@@ -292,7 +303,7 @@ class Loop:
                 if patience <= 0:
                     return ready
         ready = self._poll(patience, _MOST_EVENTS)
-        if ready and time.monotonic() - began <= LINGER:
+        if ready and time.monotonic() - began <= self.linger:
             self._soon_after.add(self._last)
         else:
             self._soon_after.discard(self._last)

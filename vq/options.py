@@ -20,6 +20,7 @@ __all__ = [
     "file_mode",
     "group_number",
     "mac_address",
+    "microseconds",
     "net_features",
     "positive",
     "queue_size",
@@ -41,6 +42,14 @@ def positive(text: str) -> int:
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
+def microseconds(text: str) -> float:
+    """A whole number of microseconds up to a second, as seconds."""
+    with suppress(ValueError):
+        if 0 <= int(text) <= 1_000_000:
+            return int(text) / 1e6
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of microseconds up to a second")
 
 
 def queue_size(text: str) -> int:

@@ -230,6 +230,7 @@ class Processes:
         rings = self._rings
 
         def start(loop: Loop, give_back: Callable[[], None]) -> None:
+            loop.linger = self._loop.linger
             self._on_fork(loop)
             rings.serve_only(queues, loop, give_back)
 

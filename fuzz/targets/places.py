@@ -21,14 +21,14 @@ from fuzz.frames import any_frame, any_net_header
 from fuzz.guests import GUEST_MAC, RING_CHOICES, NetGuest, guest_memory, some_features
 from fuzz.inputs import Input
 from fuzz.targets.transmit import _with_needs
-from vq import net_transmit, tap_linux
+from vq import net_transmit, tap_linux_port
 from vq.abi import NetFeature
 from vq.errors import DriverError
 from vq.io_uring import Opcode, RequestRing
 from vq.link import MAX_FRAME, Link, Room
 from vq.memory import GuestMemory
 from vq.offload import ALL
-from vq.tap_linux import LinuxTapPort
+from vq.tap_linux_port import LinuxTapPort
 
 _CHOICES = (
     *(NetFeature.CSUM, NetFeature.HOST_TSO4, NetFeature.GUEST_CSUM, NetFeature.GUEST_TSO4),
@@ -181,7 +181,7 @@ class _SocketLink(Link):
 
     def __init__(self, near: socket.socket, *, by_address: bool) -> None:
         self._near = near
-        with mock.patch.object(tap_linux, "RequestRing", _FitfulRequests):
+        with mock.patch.object(tap_linux_port, "RequestRing", _FitfulRequests):
             self.port = _Port(near.fileno(), by_address=by_address)
         self.ports = (self.port,)
 

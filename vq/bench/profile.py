@@ -64,7 +64,7 @@ STAGES = {
     "memory": "ring",
     "abi": "ring",
     "link": "link",
-    "tap_linux": "link",
+    "tap_linux_port": "link",
     "io_uring": "link",
     "gather": "link",
 }

@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from vq import sandbox
 from vq.device import Device
 from vq.errors import UsageError, VqError, in_words
-from vq.loop import Loop
-from vq.options import Parser, positive
+from vq.loop import LINGER, Loop
+from vq.options import Parser, microseconds, positive
 from vq.privsep import Helper, Worker
 from vq.serve import confinement, transport
 from vq.serve.kind import Kind
@@ -90,10 +90,8 @@ class _Service:
         self._words = words
         self._strays = confinement.open_descriptors() - {args.fd}
         self._has_input = confinement.has_input() and args.fd != 0
-        self._loop = Loop()
-        stack.callback(self._loop.close)
         # Before there is anything to leave behind, and until nothing of it is left.
-        _stop_by_signal(self._loop, stack)
+        self._loop = self._new_loop(stack)
         self._user = confinement.user_of(args)
         self._threads = threading.enumerate()
         self._devices = kind.open_devices(args, stack)
@@ -151,9 +149,7 @@ class _Service:
         if self._has_input:
             confinement.read_nothing()
         with ExitStack() as stack:
-            loop = Loop()
-            stack.callback(loop.close)
-            _stop_by_signal(loop, stack)
+            loop = self._new_loop(stack)
             worker.attach(loop, loop.stop)
             stack.callback(worker.close)
             for device in self._devices:
@@ -216,12 +212,14 @@ class _Service:
                 return 1
         return 0
 
-
-def _stop_by_signal(loop: Loop, stack: ExitStack) -> None:
-    """Lets signals that ask for the end stop this loop, until `stack` is closed."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        stack.callback(signal.signal, number, signal.getsignal(number))
-        signal.signal(number, lambda *_: loop.stop())
+    def _new_loop(self, stack: ExitStack) -> Loop:
+        """This process' loop, until `stack` is closed: signals that ask for the end stop it."""
+        loop = Loop(linger=self._args.busy_poll)
+        stack.callback(loop.close)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, lambda *_: loop.stop())
+        return loop
 
 
 def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
@@ -267,6 +265,14 @@ def parse(word: str, words: Sequence[str]) -> tuple[Kind, argparse.Namespace]:
         default=256,
         metavar="MIB",
         help="record no more than this, before it is compressed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--busy-poll",
+        type=microseconds,
+        default=LINGER,
+        metavar="MICROSECONDS",
+        help="how long to look for what is likely to come soon before going to sleep"
+        f" (default: {LINGER * 1e6:.0f}; 0: not at all)",
     )
     parser.add_argument("--verbose", "-v", action="store_true", help="log more")
     kind.add_arguments(parser)
