@@ -41,7 +41,7 @@ from vq.memory import GuestMemory
 from vq.net_control import MAX_COMMAND, carry_out
 from vq.net_filter import BROADCAST, MAX_TABLE, ReceiveFilter
 from vq.net_receive import ReceiveWindow
-from vq.net_transmit import FrameMaker, Responder
+from vq.net_transmit import Burst, FrameMaker, Responder
 from vq.offload import (
     Offload,
     features_for_guest,
@@ -579,22 +579,7 @@ class NetDevice(Device):
                 was_long = ring.burst_was_long
             if chains:
                 burst = self._frame_maker.make(queue.name, chains)
-                if burst.left:
-                    ring.undo_pop(burst.left)
-                blocked = not self._send(queue, ring, burst.frames, burst.owners, burst.size)
-                if not self.holds(queue, ring):
-                    return False
-                if burst.dropped:
-                    ring.write_used_burst(burst.dropped)
-                self.publish_without_haste(queue)
-                if not self.holds(queue, ring):
-                    return False
-                for answer in burst.answers:
-                    if not self.inject(answer, pair=queue.index // 2):
-                        self.stats["rx_dropped: no room for an answer"] += 1
-                if burst.fault is not None:
-                    raise burst.fault
-                if blocked:
+                if not self._send_burst(queue, ring, burst):
                     return False
                 was_long = was_long or bool(burst.left)
             if was_long:
@@ -668,6 +653,29 @@ class NetDevice(Device):
         except OSError as error:
             self._port_broke(port_index, error)
             return 0
+
+    def _send_burst(self, queue: Queue, ring: SplitRing, burst: Burst) -> bool:
+        """Sends what was made of chains and does all else that follows from it; whether the queue
+        can go on.
+
+        Raises `DriverError` for a rule that one of them broke.
+        """
+        if burst.left:
+            ring.undo_pop(burst.left)
+        all_sent = self._send(queue, ring, burst.frames, burst.owners, burst.size)
+        if not self.holds(queue, ring):
+            return False
+        if burst.dropped:
+            ring.write_used_burst(burst.dropped)
+        self.publish_without_haste(queue)
+        if not self.holds(queue, ring):
+            return False
+        for answer in burst.answers:
+            if not self.inject(answer, pair=queue.index // 2):
+                self.stats["rx_dropped: no room for an answer"] += 1
+        if burst.fault is not None:
+            raise burst.fault
+        return all_sent
 
     def _send(
         self,
