@@ -19,6 +19,8 @@ LONGEST = 2048
 SLOW = 10
 """Seconds after which an input counts as a hang."""
 _INSIDE = "--inside"  # with it this is the process that atheris takes over
+_IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where targets have their files, which they write all the time."""
 MEMORY = 1500
 """MiB of memory after which an input counts as a bomb."""
 
@@ -124,14 +126,18 @@ def _unpack(name: str, directory: Path) -> None:
 def _libfuzzer(
     name: str, options: Sequence[str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory(prefix="vq-fuzz-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(prefix="vq-fuzz-") as temporary,
+        tempfile.TemporaryDirectory(prefix="vq-fuzz-", dir=_IN_MEMORY) as left_behind,
+    ):
         # A program of its own: to merge, libFuzzer starts itself again by its name.
         program = Path(temporary, name)
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fuzz {_INSIDE} {name} $0 "$@"\n')
         program.chmod(0o700)
         return subprocess.run(
             [program, *options],
-            env={**os.environ, "TMPDIR": temporary},  # libFuzzer ends without a word to Python
+            # libFuzzer ends without a word to Python, which takes nothing away then.
+            env={**os.environ, "TMPDIR": left_behind},
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",

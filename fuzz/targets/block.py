@@ -35,9 +35,7 @@ _COUNTS = (1, 8, 2, 0, 63, 64, 65, 131072, 131073, 0x800000, 0xFFFFFFFF)
 _SERIAL = b"fuzzed"
 _WCE = BlkConfig.wce.offset
 
-_directory = tempfile.TemporaryDirectory(
-    prefix="vq-fuzz-block-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-)
+_directory = tempfile.TemporaryDirectory(prefix="vq-fuzz-block-")
 _PATH = os.path.join(_directory.name, "image")
 
 
