@@ -232,6 +232,20 @@ def test_what_counts_as_soon_is_as_long_as_the_loop_lingers(
     assert clockwork.slept <= 3 * FAR
 
 
+def test_timers_keep_no_loop_from_learning_what_comes_soon(
+    loop: Loop, clockwork: Clockwork
+) -> None:
+    """Statistics are told once a second, and a loop may be told to linger for as long."""
+    loop.linger = 200 * FAR
+
+    def tell() -> None:
+        loop.call_later(100 * FAR, tell)
+
+    tell()
+    run_events(loop, clockwork, [(FAR * number, 5) for number in range(40)])
+    assert clockwork.slept <= 3 * FAR
+
+
 def test_events_far_apart_cost_no_time_of_looking(loop: Loop, clockwork: Clockwork) -> None:
     run_events(loop, clockwork, [(FAR * number, 5) for number in range(40)])
     assert clockwork.looked == 0

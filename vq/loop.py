@@ -279,12 +279,8 @@ class Loop:
         """
         expects = self._last in self._soon_after
         alert = self._lookouts or self._lull
-        if (
-            not alert
-            and not (expects and sleeps)
-            and patience is not None
-            and patience <= self.linger
-        ):
+        # So short a wait tells nothing, however long the loop lingers.
+        if not alert and not (expects and sleeps) and patience is not None and patience <= LINGER:
             return self._poll(patience, _MOST_EVENTS)
         began = time.monotonic()
         if alert or expects:
