@@ -28,6 +28,7 @@ from vq.bench.contestants import (
     pinned,
     run_traffic,
     tap_namespace,
+    two_processors,
 )
 from vq.bench.measure import positive_number
 from vq.bench.report import VQ, Figure, summary
@@ -62,15 +63,13 @@ def test_a_c_program_compiles_without_a_warning(
 
 def test_the_distance_is_a_cache_lines_way_there_and_back() -> None:
     need_program("cc", package="gcc")
-    usable = sorted(os.sched_getaffinity(0))
-    if len(usable) < 2:
-        assert distance() is None
-        pytest.skip("needs two processors")
+    with or_skip():
+        two_processors()
     apart = distance()
     assert apart is not None and 5 < apart < 1e6  # no faster than a core's own cache
-    program = compile_program("distance")
+    program, usable = compile_program("distance"), os.sched_getaffinity(0)
     assert program is not None
-    argv = [program, str(usable[0]), str(max(usable) + 4000)]
+    argv = [program, *(str(cpu) for cpu in (min(usable), max(usable) + 4000))]
     refused = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
     assert refused.returncode == 1 and "no processor" in refused.stderr
 
