@@ -432,8 +432,12 @@ def test_the_driver_is_called_for_what_comes_back_when_a_queue_comes_home(stack:
     assert not queue.ring.enable_calls()
     world.driver._called.clear()
     assert world.driver.set_mac(OTHER)
-    world.wait(lambda: queue.index in world.driver._called)
-    assert world.driver.reap(1) == 20
+    given_back = 0
+    while given_back < 20:  # the other process may have had some of them only
+        world.wait(lambda: queue.index in world.driver._called)
+        given_back += world.driver.reap(1)
+        while queue.ring.enable_calls():
+            given_back += world.driver.reap(1)
 
 
 # --- what comes home by itself -------------------------------------------------------------------
